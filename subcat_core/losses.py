@@ -1,0 +1,64 @@
+"""The losses of the classifier, over parent classes and over sub-categories, and the mean that all losses take."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+
+def global_mean(local_sum: torch.Tensor, local_count: torch.Tensor) -> torch.Tensor:
+    """The mean over what all ranks of a data-parallel training count, not over each rank's own.
+
+    local_sum: scalar float32 with a gradient; local_count: scalar float32 >= 0, the sum of weights, whose gradient is
+    left out. Divides by the mean count of a rank, so that the ranks' average, of gradients as of values, is what one
+    process gives for all images together; alone that is the plain mean. Nothing counted at all gives 0 with a gradient
+    of 0. With gradients on, all ranks must call it equally often; without, it asks no other rank.
+    """
+    count = local_count.detach()
+    if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        count = count.clone()
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return local_sum / count.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def multilabel_soft_margin(
+    logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Binary cross entropy on logits, averaged over the outputs of a sample, then over the samples (`global_mean`).
+
+    logits: (N, M); targets: (N, M) of 0..1; weight: (N,) >= 0 a sample, or None for 1. A weight of 0 leaves a sample
+    out; all weights 0 give 0 with a gradient of 0. Computed in float32.
+    torch.nn.functional.multilabel_soft_margin_loss where weight is None.
+    """
+    terms = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").mean(dim=1)
+    weight = torch.ones_like(terms) if weight is None else weight.float()
+    return global_mean((terms * weight).sum(), weight.sum())
+
+
+def joint_loss(
+    parent: torch.Tensor,
+    sub: torch.Tensor | None,
+    parent_targets: torch.Tensor,
+    sub_targets: torch.Tensor | None,
+    subcategory_weight: float = 5.0,
+    sample_weight: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Parent loss + subcategory_weight * sub-category loss (Chang et al. 2020; 5 in the authors' code).
+
+    parent: (N, C) logits; sub: (N, C*K) logits, or None in round 0; targets of the same shapes; sample_weight: (N,)
+    or None. Each loss is the mean over its own outputs, so one positive among C*K outputs weighs 1 / (C*K). Returns
+    the scalar to minimise, and detached scalars to log: loss, parent_loss and, with sub-categories, sub_loss. Raises
+    ValueError when there are sub-category outputs and no targets for them.
+    """
+    parent_loss = multilabel_soft_margin(parent, parent_targets, sample_weight)
+    if sub is None:
+        return parent_loss, {"loss": parent_loss.detach(), "parent_loss": parent_loss.detach()}
+    if sub_targets is None:
+        raise ValueError(
+            f"got {sub.shape[1]} sub-category outputs and no targets; give sub_targets, or build with K = 0"
+        )
+    sub_loss = multilabel_soft_margin(sub, sub_targets, sample_weight)
+    loss = parent_loss + subcategory_weight * sub_loss
+    return loss, {"loss": loss.detach(), "parent_loss": parent_loss.detach(), "sub_loss": sub_loss.detach()}

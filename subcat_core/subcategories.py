@@ -1,0 +1,57 @@
+"""From cluster ids to the training targets of the sub-category head, and back.
+
+Legend: C parent classes, K sub-categories in each. Sub-category index = class_index * K + cluster_id, so a class owns a
+contiguous block of K outputs (Chang et al. 2020, section 3.2; layout of the authors' code).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def to_index(class_index: int, cluster_id: int, num_clusters: int) -> int:
+    """(class_index, cluster_id 0..K-1) -> sub-category index 0..C*K-1."""
+    if not 0 <= cluster_id < num_clusters:
+        raise ValueError(
+            f"cluster_id is {cluster_id}, expected 0..{num_clusters - 1}; re-cluster with this num_clusters"
+        )
+    if class_index < 0:
+        raise ValueError(f"class_index is {class_index}, expected 0 or above; class ids 1..C are not class indices")
+    return class_index * num_clusters + cluster_id
+
+
+def from_index(index: int, num_clusters: int) -> tuple[int, int]:
+    """Sub-category index 0..C*K-1 -> (class_index, cluster_id)."""
+    if index < 0:
+        raise ValueError(f"sub-category index is {index}, expected 0 or above; use the index that to_index returns")
+    return divmod(index, num_clusters)
+
+
+def subcategory_targets(
+    labels: Sequence[int] | np.ndarray, cluster_ids: Sequence[int] | np.ndarray, num_classes: int, num_clusters: int
+) -> np.ndarray:
+    """(C*K,) float32: one 1 in the block of each parent class of the image, 0 elsewhere.
+
+    labels: class_index of each parent class of one image. cluster_ids: its cluster in each of them, the same length.
+    """
+    if len(labels) != len(cluster_ids):
+        raise ValueError(
+            f"got {len(labels)} labels and {len(cluster_ids)} cluster_ids, expected one cluster_id for each label; "
+            "cluster the features of this manifest again"
+        )
+    target = np.zeros(num_classes * num_clusters, np.float32)
+    for class_index, cluster_id in zip(labels, cluster_ids, strict=True):
+        if class_index >= num_classes:
+            raise ValueError(
+                f"label is {class_index}, expected 0..{num_classes - 1}; use the class table of the manifest"
+            )
+        target[to_index(int(class_index), int(cluster_id), num_clusters)] = 1.0
+    return target
+
+
+def targets_to_clusters(target: np.ndarray, num_clusters: int) -> tuple[np.ndarray, np.ndarray]:
+    """(C*K,) of 0 and 1 -> (class_index ascending, cluster_ids), both (n,) int64; undoes subcategory_targets."""
+    class_indices, cluster_ids = np.divmod(np.flatnonzero(np.asarray(target) > 0), num_clusters)
+    return class_indices, cluster_ids

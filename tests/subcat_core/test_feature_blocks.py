@@ -1,0 +1,70 @@
+"""One block: what it refuses, how it orders rows, and the table it writes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from subcat_core.feature_blocks import FeatureBlock, image_hashes, nearest_numba
+from subcat_core.schemas import SUBCATEGORIES
+from tests.subcat_core.shards import rows_of
+
+
+def test_table_keeps_the_order_of_labels_and_sorts_images() -> None:
+    rows = rows_of(["b", "a", "c"], [[2, 0], [0], []], np.array([[4.0], [0.0], [9.0]], np.float32))
+    block = FeatureBlock("part-00000", rows, 3)
+    centroids = np.array([[[0.0], [3.0]], [[7.0], [np.nan]]], np.float32)
+    block.assign(centroids, np.array([0, 2]), nearest_numba)
+    table = block.table()
+    assert table.schema == SUBCATEGORIES
+    assert table.to_pylist() == [
+        {"image_id": "a", "labels": [0], "cluster_ids": [0], "distances": [0.0]},
+        {"image_id": "b", "labels": [2, 0], "cluster_ids": [0, 1], "distances": [3.0, 1.0]},
+        {"image_id": "c", "labels": [], "cluster_ids": [], "distances": []},
+    ]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_features_must_be_finite(value: float) -> None:
+    rows = rows_of(["a", "b"], [[0], [0]], np.array([[1.0, 2.0], [3.0, value]], np.float32))
+    with pytest.raises(ValueError, match=r"part-00003: image_id 'b' has NaN or infinity .* extract the features"):
+        FeatureBlock("part-00003", rows, 1)
+
+
+def test_values_beyond_float16_are_told_apart() -> None:
+    rows = rows_of(["a"], [[0]], np.array([[1e6]], np.float32))
+    with pytest.raises(ValueError, match=r"part-1: image_id 'a' has a value beyond float16 .* cache rows as float32"):
+        FeatureBlock("part-1", rows, 1, "float16")
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "message"),
+    [
+        (["a", "b"], [[0], [0, 5]], r"p: image_id 'b' has label 5, expected a class_index 0..2"),
+        (["a", "b"], [[-1], [0]], r"p: image_id 'a' has label -1, expected a class_index 0..2"),
+        (["a", "b"], [[0], [2, 2]], r"p: image_id 'b' has label 2 twice"),
+        (["a", "a"], [[0], [1]], r"p: image_id 'a' occurs twice"),
+    ],
+)
+def test_bad_rows_are_named(ids: list[str], labels: list[list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FeatureBlock("p", rows_of(ids, labels, np.zeros((2, 2), np.float32)), 3)
+
+
+def test_float16_rows_are_read_as_float32() -> None:
+    rows = rows_of(["a", "b"], [[0], [0]], np.array([[1.5], [2.5]], np.float32))
+    block = FeatureBlock("p", rows, 1, "float16")
+    assert block.features.dtype == np.float16
+    found = block.assign(np.array([[[2.0]]], np.float32), np.array([0]), nearest_numba)
+    assert found.sums.item() == 4.0
+    assert found.inertia.item() == 0.5
+
+
+def test_hashes_are_fixed_for_ever() -> None:
+    """A sample must be the same on every machine and in every version: the values are part of the contract."""
+    assert image_hashes(["a", "2007_000032"], 0).tolist() == HASHES
+    assert image_hashes(["a"], 1).tolist() != HASHES[:1]
+    assert image_hashes([], 0).shape == (0,)
+
+
+HASHES = [1476484591048093314, 5743157310503891407]
