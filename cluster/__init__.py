@@ -1,0 +1,1 @@
+"""What runs across a Ray cluster: storage, artifacts, streams, training, k-means actors, tracking."""

@@ -1,0 +1,234 @@
+"""k-means over feature shard files: faiss finds the nearest centroids, inside Ray actors that Ray Data feeds.
+
+Each actor owns neighbouring files and caches their rows (N * D * 2 or 4 bytes over all actors: the one thing here that
+grows with the data). Rows go from storage to the actors and never through the driver; a pass returns sums and counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import faiss
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.feature_actors import with_actors
+from cluster.runtime import peak_rss_bytes
+from cluster.shard_dispatch import FEATURE_COLUMNS, DispatchedShard, ShardFile, ShardPlan, feature_dimension, image_rows
+from cluster.storage import Storage, StorageError
+from cluster.streams import StreamSettings
+from subcat_core.block_shard import BlockShard, check_dimensions
+from subcat_core.feature_blocks import FeatureBlock, ImageRows, Nearest, nearest_numba
+from subcat_core.kmeans import KMeansResult, KMeansSettings, OnPass, kmeans
+
+logger = logging.getLogger("subcat")
+
+_FREE_MEMORY_FRAC = 0.8
+_FOOTER_THREADS = 16
+_ATTEMPTS = 2
+
+
+class FaissSearch:
+    """Nearest centroids by faiss: on the CPU row by row, on a GPU by matrix products."""
+
+    def __init__(self, use_gpu: bool = False) -> None:
+        """Turns off, for this process, faiss's BLAS path: its last bits depend on the number of rows and threads."""
+        faiss.cvar.distance_compute_blas_threshold = 2**30
+        self._gpu: Any = None
+        if use_gpu and getattr(faiss, "get_num_gpus", lambda: 0)() > 0:
+            self._gpu = faiss.StandardGpuResources()
+        elif use_gpu:
+            logger.warning("faiss sees no GPU; k-means goes on on the CPU")
+
+    def __call__(self, rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+        """(n,) int32: the nearest of centroids (K, D) for rows (n, D), float32; ties go to the lower id on the CPU."""
+        if self._gpu is not None:
+            return faiss.knn_gpu(self._gpu, rows, centroids, 1)[1][:, 0].astype(np.int32)
+        return faiss.knn(rows, centroids, 1)[1][:, 0].astype(np.int32)
+
+
+class FaissShard:
+    """The FeatureShard of some files: `add` rows in any order and any pieces, `finish`, then ask."""
+
+    def __init__(self, files: Sequence[ShardFile], plan: ShardPlan) -> None:
+        self._files = {file.name: file for file in files}
+        self._plan = plan
+        self._pieces: dict[str, list[ImageRows]] = {}
+        self._blocks: dict[int, FeatureBlock] = {}
+        self._error: ValueError | None = None
+        self._shard: BlockShard | None = None
+
+    def reserve(self) -> int:
+        """Bytes the cache will take; raises ValueError when this machine has not got them."""
+        item_bytes = np.dtype(self._plan.settings.stored_dtype).itemsize
+        cache_bytes = sum(file.num_rows * file.dimension for file in self._files.values()) * item_bytes
+        free_bytes = psutil.virtual_memory().available
+        if cache_bytes > free_bytes * _FREE_MEMORY_FRAC:
+            raise ValueError(
+                f"k-means needs {cache_bytes / 1e9:.1f} GB here to cache {len(self._files)} feature shards, and "
+                f"{free_bytes / 1e9:.1f} GB are free; use kmeans.stored_dtype = 'float16', or more nodes and actors"
+            )
+        return cache_bytes
+
+    def add(self, name: str, rows: ImageRows) -> int:
+        """Take rows of a file, copied. Rows that come twice (a retried reading) count once. Errors wait for finish."""
+        file = self._files[name]
+        if file.block_id not in self._blocks and self._error is None:
+            copied = dataclasses.replace(rows, features=np.array(rows.features))
+            self._pieces.setdefault(name, []).append(copied)
+            if sum(len(piece.image_ids) for piece in self._pieces[name]) >= file.num_rows:
+                self._try_to_seal(file)
+        return len(rows.image_ids)
+
+    def finish(self) -> None:
+        """Check that every file is whole; raises the first ValueError, naming the shard file and the image."""
+        for file in self._files.values():
+            if file.block_id not in self._blocks and self._error is None:
+                self._try_to_seal(file)
+                self._error = self._error or self._why_not_whole(file)
+        if self._error is not None:
+            raise self._error
+        plan = self._plan
+        nearest: Nearest = FaissSearch(plan.use_gpu) if plan.settings.search == "faiss" else nearest_numba
+        self._shard = BlockShard(self._blocks, plan.num_blocks, plan.num_classes, nearest, plan.num_threads)
+
+    def _try_to_seal(self, file: ShardFile) -> None:
+        """Make the block of a file once all its rows are there."""
+        rows = _joined(self._pieces.get(file.name, []), file.dimension)
+        first = np.unique(np.array(rows.image_ids, np.str_), return_index=True)[1]
+        if len(first) != file.num_rows:
+            return
+        if len(first) < len(rows.image_ids):
+            rows = rows.taken(first)
+        settings = self._plan.settings
+        try:
+            self._blocks[file.block_id] = FeatureBlock(file.name, rows, self._plan.num_classes, settings.stored_dtype)
+        except ValueError as error:
+            self._error = error
+        self._pieces.pop(file.name, None)
+
+    def _why_not_whole(self, file: ShardFile) -> ValueError | None:
+        if file.block_id in self._blocks:
+            return None
+        ids = [image_id for piece in self._pieces.get(file.name, []) for image_id in piece.image_ids]
+        if len(ids) >= file.num_rows and len(ids) > len(set(ids)):
+            seen: set[str] = set()
+            twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
+            return ValueError(
+                f"{file.name}: image_id {twice!r} occurs twice, expected unique ids; extract this shard again"
+            )
+        return ValueError(
+            f"{file.name}: {len(ids)} rows arrived, expected {file.num_rows}; the file changed while it was read, "
+            "or rows were lost on the way: run the stage again"
+        )
+
+    def describe(self) -> tuple[str, int, np.ndarray]:
+        """(a shard file, D, rows of each class)."""
+        return self.shard.name, self.shard.dimension, self.shard.counts
+
+    @property
+    def shard(self) -> BlockShard:
+        assert self._shard is not None, "finish() comes before questions"
+        return self._shard
+
+    def ask(self, method: str, *args: Any) -> Any:
+        """Any question of a FeatureShard, and of this class, by name: the one door that an actor opens."""
+        own = {"describe": self.describe, "reserve": self.reserve, "finish": self.finish, "peak_rss": peak_rss_bytes}
+        return own[method]() if method in own else getattr(self.shard, method)(*args)
+
+
+def _joined(pieces: Sequence[ImageRows], dimension: int) -> ImageRows:
+    return ImageRows(
+        [image_id for piece in pieces for image_id in piece.image_ids],
+        np.concatenate([np.empty(0, np.int64), *(piece.label_counts for piece in pieces)]),
+        np.concatenate([np.empty(0, np.int64), *(piece.label_values for piece in pieces)]),
+        np.concatenate([piece.features for piece in pieces]) if pieces else np.empty((0, dimension), np.float32),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TableWriter:
+    """Writes the table of one block beside the feature shard of the same name; small when pickled."""
+
+    output: Storage
+
+    def __call__(self, name: str, table: pa.Table) -> None:
+        self.output.write_table(f"{name}.parquet", table)
+
+
+def cluster_features(
+    features: Storage,
+    shard_names: Sequence[str],
+    output: Storage,
+    *,
+    num_classes: int,
+    settings: KMeansSettings,
+    stream: StreamSettings,
+    rng_seed: int = 0,
+    on_pass: OnPass | None = None,
+) -> KMeansResult:
+    """Cluster the features of the named shards inside each parent class, and write their sub-category tables.
+
+    features: folder of part-XXXXX.parquet of schemas.features. output: folder of tables of the same names, schema
+    SUBCATEGORIES, rows by rising image_id. The result, and every table, has the same bits for any num_actors (0 works
+    in this process, without Ray) and any order of shard_names; a GPU, or another kind of CPU, may differ in last bits.
+    Calling it again writes the same again. ValueError names the shard file for bad features, StorageError bad files.
+    """
+    files = list_files(features, shard_names)
+    plan = ShardPlan(len(files), num_classes, settings, use_gpu=stream.gpus_per_actor > 0)
+
+    def work(shard: DispatchedShard) -> KMeansResult:
+        result = kmeans(shard, settings, rng_seed=rng_seed, on_pass=on_pass)
+        shard.write_labels(TableWriter(output))
+        return result
+
+    if stream.num_actors > 0:
+        parts = split_files(files, stream.num_actors)
+        return with_actors(FaissShard, features, parts, plan, stream, work, attempts=_ATTEMPTS)
+    holder = FaissShard(files, plan)
+    holder.reserve()
+    for file in files:
+        table = features.read_table(f"{file.name}.parquet", columns=FEATURE_COLUMNS)
+        holder.add(file.name, image_rows(file.name, table))
+    holder.finish()
+    result = work(DispatchedShard(lambda method, *args: [holder.ask(method, *args)], len(files)))
+    return dataclasses.replace(result, peak_rss_bytes=peak_rss_bytes())
+
+
+def list_files(features: Storage, shard_names: Sequence[str]) -> list[ShardFile]:
+    """The files by rising name, with what their footers say; raises before any row is read."""
+    names = sorted(shard_names)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"got {len(names)} feature shards, expected one or more, each once; extract features first")
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        footers = list(pool.map(lambda name: _footer(features, name), names))
+    check_dimensions({dimension: name for name, (_, dimension) in zip(names, footers, strict=True)})
+    return [ShardFile(i, name, *footer) for i, (name, footer) in enumerate(zip(names, footers, strict=True))]
+
+
+def _footer(features: Storage, name: str) -> tuple[int, int]:
+    """(number of rows, D) of a file."""
+    filesystem, path = features.arrow_filesystem(f"{name}.parquet")
+    try:
+        with pq.ParquetFile(path, filesystem=filesystem) as file:
+            return file.metadata.num_rows, feature_dimension(name, file.schema_arrow)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise StorageError(f"{path}: missing, truncated or not Parquet ({reason}); extract this shard again") from error
+
+
+def split_files(files: Sequence[ShardFile], num_parts: int) -> list[list[ShardFile]]:
+    """At most num_parts runs of neighbouring files, of about as many rows each, none empty."""
+    num_parts = min(num_parts, len(files))
+    ends = np.cumsum([file.num_rows for file in files])
+    cuts = [0]
+    for part in range(1, num_parts):
+        cut = int(np.searchsorted(ends, ends[-1] * part / num_parts)) + 1
+        cuts.append(min(max(cut, cuts[-1] + 1), len(files) - num_parts + part))
+    return [list(files[start:stop]) for start, stop in zip(cuts, [*cuts[1:], len(files)], strict=True)]

@@ -1,0 +1,53 @@
+"""Read and decode images a few ahead of their use; what cannot be read comes back as a BadRow."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.storage import StorageError, read_uri
+from subcat_core.images import ImageError, decode_image
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRow:
+    """An image that could not be used, and why."""
+
+    image_id: str
+    uri: str
+    reason: str
+
+
+def iter_images(rows: pa.Table, num_threads: int = 4) -> Iterator[tuple[dict[str, Any], np.ndarray | BadRow]]:
+    """Read and decode the images of a table with image_id and uri, in its order.
+
+    Yields (row, image (H, W, 3) uint8 RGB), or (row, BadRow) where the bytes cannot be read or decoded. A small pool of
+    threads works ahead by at most 2 * num_threads images, so memory does not grow with the table.
+    """
+    waiting: collections.deque[tuple[dict[str, Any], Future]] = collections.deque()
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="images")
+    try:
+        for batch in rows.to_batches(max_chunksize=256):
+            for row in batch.to_pylist():
+                waiting.append((row, pool.submit(_read_image, row)))
+                if len(waiting) >= 2 * num_threads:
+                    row, future = waiting.popleft()
+                    yield row, future.result()
+        while waiting:
+            row, future = waiting.popleft()
+            yield row, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read_image(row: dict[str, Any]) -> np.ndarray | BadRow:
+    try:
+        return decode_image(read_uri(row["uri"]))
+    except (StorageError, ImageError) as error:
+        return BadRow(row["image_id"], row["uri"], " ".join(str(error).split()))

@@ -1,0 +1,121 @@
+"""A FeatureShard made of many: asks every holder of blocks and puts their answers together.
+
+It knows nothing of Ray: `call` asks all holders, which may be actors or objects of this process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from subcat_core.block_shard import DyadicSum, Partials, check_dimensions, merge_samples
+from subcat_core.feature_blocks import ImageRows
+from subcat_core.kmeans import Assignment, FarRows, KMeansResult, KMeansSettings, Sample, TableSink
+
+FEATURE_COLUMNS = ["image_id", "labels", "feature"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardFile:
+    """A feature shard file: its block id is its place among the sorted names of all files."""
+
+    block_id: int
+    name: str
+    num_rows: int
+    dimension: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardPlan:
+    """What every holder of rows must know."""
+
+    num_blocks: int
+    num_classes: int
+    settings: KMeansSettings
+    num_threads: int = 1
+    use_gpu: bool = False
+
+
+class DispatchedShard:
+    """The same questions as one BlockShard, put to several that hold neighbouring blocks of one data set.
+
+    call(method, *args) -> the answer of each holder, in the order of their blocks.
+    """
+
+    def __init__(self, call: Callable[..., Sequence[Any]], num_blocks: int) -> None:
+        """Raises ValueError, naming two shard files, when the holders' rows have different dimensions."""
+        self._call = call
+        self._num_blocks = num_blocks
+        descriptions = call("describe")
+        dimensions = {dimension: name for name, dimension, _ in descriptions}
+        check_dimensions(dimensions)
+        self._dimension = next(iter(dimensions))
+        self._counts = np.sum([counts for _, _, counts in descriptions], axis=0)
+        self.pass_bytes = 0
+        """Bytes that the holders returned in the last pass: independent of the number of rows."""
+
+    @property
+    def counts(self) -> np.ndarray:
+        return self._counts
+
+    @property
+    def dimension(self) -> int:
+        return self._dimension
+
+    def sample(self, class_index: int, max_hash: int, rng_seed: int) -> Sample:
+        return merge_samples(self._call("sample", class_index, max_hash, rng_seed))
+
+    def assign(self, centroids: np.ndarray, classes: np.ndarray) -> Assignment:
+        answers: Sequence[Partials] = self._call("assign_partials", centroids, classes)
+        self.pass_bytes = sum(partial.nbytes for answer in answers for partial in answer.values())
+        tree = DyadicSum(self._num_blocks)
+        for answer in answers:
+            for (level, index), partial in answer.items():
+                tree.add(level, index, partial)
+        return tree.total()
+
+    def farthest(self, class_index: int, num_rows: int) -> FarRows:
+        return FarRows.merged(list(self._call("farthest", class_index, num_rows)), num_rows)
+
+    def write_labels(self, sink: TableSink) -> None:
+        """The holders call `sink` where they are: labels never pass through here."""
+        self._call("write_labels", sink)
+
+
+Work = Callable[[DispatchedShard], KMeansResult]
+
+
+def feature_dimension(name: str, schema: pa.Schema) -> int:
+    """D of a table of features; ValueError naming the file where its columns are not those of schemas.features."""
+    missing = [column for column in FEATURE_COLUMNS if column not in schema.names]
+    if missing:
+        raise ValueError(f"{name}: no column {', '.join(missing)}, expected {FEATURE_COLUMNS}; extract features again")
+    kind = schema.field("feature").type
+    if not pa.types.is_fixed_size_list(kind):
+        raise ValueError(f"{name}: feature is {kind}, expected a list of fixed size; extract features again")
+    return int(kind.list_size)
+
+
+def image_rows(name: str, table: pa.Table) -> ImageRows:
+    """The images of a table of features; raises ValueError where image_id or feature is null."""
+    dimension = feature_dimension(name, table.schema)
+    for column in ("image_id", "feature"):
+        if table[column].null_count:
+            row = pc.index(pc.is_null(table[column]), True).as_py()
+            raise ValueError(
+                f"{name}: {column} of row {row} (image_id {table['image_id'][row].as_py()!r}) is null, "
+                "expected a value; extract the features of this shard again"
+            )
+    labels = table["labels"].combine_chunks()
+    values = table["feature"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return ImageRows(
+        table["image_id"].to_pylist(),
+        pc.fill_null(pc.list_value_length(labels), 0).to_numpy(zero_copy_only=False).astype(np.int64),
+        labels.flatten().to_numpy(zero_copy_only=False).astype(np.int64),
+        values.reshape(len(table), dimension),
+    )

@@ -1,0 +1,170 @@
+"""What a training is made of: its settings, the Trainee that knows the model, and the job that every worker gets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field
+
+from cluster.storage import Storage
+from cluster.training_input import BatchPlan
+from subcat_core.settings import Settings
+
+
+class OptimiserSettings(Settings):
+    """SGD with momentum and a polynomial learning rate, and how often results are kept."""
+
+    epochs: int = Field(default=15, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    """Images of one step over all workers together; split evenly, so it must be a multiple of num_workers."""
+    learning_rate: float = Field(default=0.01, gt=0)
+    """Of the backbone's weights at step 0; the parameter groups multiply it by their lr_factor."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Real SGD momentum. (The 0.9 called momentum in the authors' code is the polynomial power.)"""
+    weight_decay: float = Field(default=5e-4, ge=0)
+    poly_power: float = Field(default=0.9, ge=0)
+    """Learning rate at step t of T: learning_rate * (1 - t / T) ** poly_power."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 means autocast with float32 weights. auto: bf16 where it is faster, see `choose_precision`."""
+    channels_last: bool = True
+    freeze_batch_norm: bool = True
+    """Keep the backbone's batch norm at its pretrained statistics and scales; other layers still learn."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    validate_every: int | None = Field(default=None, ge=1)
+    """Epochs between validations; null validates once, after the last epoch."""
+
+
+class TrainComputeSettings(Settings):
+    """Where a training runs. Another number of workers gives the same batches, samples, losses and gradients, up to
+    rounding, but not the same chance: every rank draws its own dropout, and on CPUs batch norm that learns sees each
+    rank's own images. The other settings change nothing but rounding.
+    """
+
+    num_workers: int = Field(default=0, ge=0)
+    """Ray Train workers, one rank each; 0 trains in this process, without Ray."""
+    cpus_per_worker: float = Field(default=1.0, ge=0)
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    max_failures: int = Field(default=3, ge=0)
+    """How often lost workers are replaced before the training fails."""
+    input: Literal["loader", "ray"] = "loader"
+    """loader: a torch DataLoader beside each worker. ray: Ray Data tasks anywhere on the cluster."""
+    num_decode_workers: int = Field(default=1, ge=0)
+    """Processes (loader) or concurrent Ray tasks (ray) of each worker that read and augment; loader with 0: threads."""
+    threads_per_worker: int | None = Field(default=None, ge=1)
+    """Torch threads of one worker; null shares the CPUs of a node among its workers."""
+
+
+class Trainee(Protocol):
+    """What the worker loop needs to know of a model: a small picklable object, implemented in jobs/.
+
+    A trainee may also have `make_validation_sample(row) -> sample`; without it, validation calls make_sample with a
+    generator that is the same for an image at every validation.
+    """
+
+    def build_model(self) -> torch.nn.Module:
+        """With its initial weights, on the CPU. Called by every rank; rank 0's weights are what counts."""
+
+    def make_sample(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Arrays of fixed shape and dtype (images as uint8) of one row; ImageError or StorageError for a bad image."""
+
+    def empty_sample(self) -> dict[str, np.ndarray]:
+        """What stands in for a bad image, with weight 0: the shapes and dtypes of make_sample."""
+
+    def loss(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The scalar to minimise, and scalars to log.
+
+        batch: the stacked samples and `weight` (N,) float32, 0 for bad images; the result must be finite (and 0) when
+        all weights are 0. The gradients of all ranks are averaged: take weighted means by
+        `subcat_core.losses.global_mean`. Runs under autocast: take the loss itself in float32. Call `model(...)` once,
+        and nothing else of it: it may be wrapped for data-parallel training.
+        """
+
+    def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        """[{params, lr_factor, weight_decay_factor}]."""
+
+    def outputs(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Validation: tensors with one row an image. Runs in eval mode, without gradients, under autocast."""
+
+    def metrics(self, outputs: dict[str, np.ndarray]) -> dict[str, float]:
+        """Validation: numbers from the outputs of all readable images, in the order of the rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainJob:
+    """All that a worker needs. rows and val_rows: tables with at least image_id (string) and uri (string)."""
+
+    trainee: Trainee
+    rows: pa.Table
+    val_rows: pa.Table | None
+    folder: Storage
+    optimiser: OptimiserSettings
+    compute: TrainComputeSettings
+    rng_seed: int
+    max_bad_frac: float
+
+    @property
+    def plan(self) -> BatchPlan:
+        return BatchPlan(self.rows.num_rows, self.optimiser.batch_size, self.rng_seed)
+
+    @property
+    def total_steps(self) -> int:
+        return self.optimiser.epochs * self.plan.steps_per_epoch
+
+    def identity(self) -> dict[str, int]:
+        """What a checkpoint must agree with, so that steps and batches mean the same."""
+        return {
+            "num_rows": self.rows.num_rows,
+            "batch_size": self.optimiser.batch_size,
+            "epochs": self.optimiser.epochs,
+            "rng_seed": self.rng_seed,
+        }
+
+    def validates_after(self, epoch: int) -> bool:
+        """Whether a validation follows epoch 1..epochs."""
+        if self.val_rows is None or self.val_rows.num_rows == 0:
+            return False
+        every = self.optimiser.validate_every
+        return epoch == self.optimiser.epochs or (every is not None and epoch % every == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """The content of result.json.
+
+    history: one dict an epoch: epoch, step, loss and the trainee's scalars (means over the epoch), learning_rate,
+    seconds, images_per_s, and validation metrics where there was one. metrics: the last epoch's losses and the last
+    validation. num_images: samples that went through the training. bad_rows: image_id, uri, reason of each bad image.
+    seconds: of the epochs, over all resumed parts. peak_rss_bytes: of the largest worker.
+    """
+
+    history: list[dict[str, float]]
+    metrics: dict[str, float]
+    num_images: int
+    num_bad: int
+    bad_rows: list[dict[str, str]]
+    seconds: float
+    images_per_s: float
+    peak_rss_bytes: int
+
+
+Post = Callable[[str, int, dict[str, float]], None]
+"""(kind "progress" | "metrics", step, values): how rank 0 tells the driver. Steps may repeat after a restart."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainContext:
+    """A worker's place in the group: Ray Train's, or rank 0 of 1 in this process."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    post: Post
+    num_threads: int | None
+    """Torch threads to use; None leaves them."""

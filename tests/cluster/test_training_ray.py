@@ -1,0 +1,92 @@
+"""Training on two Ray Train workers: the same result as alone, over the death of one of them."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.checkpoints import read_checkpoint
+from cluster.storage import Storage, StorageError
+from cluster.training import TrainComputeSettings
+from tests.cluster.test_training import OPTIMISER, CountingBar, load_model, run_training
+from tests.cluster.tiny_trainee import TinyTrainee, make_rows
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+TWO_WORKERS = TrainComputeSettings(num_workers=2, threads_per_worker=1, max_failures=1, num_decode_workers=1)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, run_training(folder, TinyTrainee(bad_values=(5,)))
+
+
+def test_two_workers_on_ray_data_one_of_which_dies_give_the_result_of_one(
+    tmp_path: Path, alone: tuple[Path, Any]
+) -> None:
+    folder, expected = alone
+    told: dict[int, dict[str, float]] = {}
+    threads = set()
+    bar = CountingBar()
+
+    def on_metrics(step: int, values: dict[str, float]) -> None:
+        threads.add(threading.current_thread())
+        told.setdefault(step, {}).update(values)
+
+    result = run_training(
+        tmp_path,
+        TinyTrainee(bad_values=(5,), crash_dir=str(tmp_path)),
+        compute=TWO_WORKERS.model_copy(update={"input": "ray"}),
+        bar=bar,
+        on_metrics=on_metrics,
+    )
+    assert (tmp_path / "crashed").exists()
+    _assert_same_history(result.history, expected.history)
+    assert result.bad_rows == expected.bad_rows
+    assert result.metrics["order"] == expected.metrics["order"]
+    before, after = load_model(folder), load_model(tmp_path)
+    assert all(torch.allclose(before[name], after[name], atol=1e-5) for name in before)
+    assert sorted(told) == [10, 12, 22, 24, 34, 36]  # live, on the caller's thread, and complete over the restart
+    assert told[36]["map"] == result.metrics["map"]
+    assert threads == {threading.current_thread()}
+    assert (bar.num_skipped, bar.num_done) == (0, 300)
+
+
+def test_an_error_that_would_come_again_reaches_the_caller_as_it_is(tmp_path: Path, alone: tuple[Path, Any]) -> None:
+    """Two workers with DataLoader processes, up to metrics that raise after the last epoch."""
+    trainee = TinyTrainee(bad_values=(5,), fail_in_metrics=True)
+    with pytest.raises(ValueError, match=r"^these metrics are not for numbers$"):
+        run_training(tmp_path, trainee, compute=TWO_WORKERS)
+    identity = {"num_rows": 100, "batch_size": 8, "epochs": OPTIMISER.epochs, "rng_seed": 7}
+    checkpoint = read_checkpoint(Storage(str(tmp_path)), 2, identity)
+    _assert_same_history(checkpoint.history, alone[1].history[:2])
+
+
+def test_a_full_disk_reaches_the_caller_at_once(tmp_path: Path) -> None:
+    trainee = TinyTrainee(full_disk=True, crash_dir=str(tmp_path))
+    compute = TWO_WORKERS.model_copy(update={"num_workers": 1, "num_decode_workers": 0, "max_failures": 3})
+    with pytest.raises(StorageError, match=r"^/full: cannot write: the disk is full$"):
+        run_training(
+            tmp_path, trainee, rows=make_rows(8), compute=compute, optimiser=OPTIMISER.model_copy(update={"epochs": 1})
+        )
+    assert (tmp_path / "attempts").read_text() == "x"
+
+
+def test_more_workers_than_the_cluster_holds_are_refused(tmp_path: Path) -> None:
+    compute = TrainComputeSettings(num_workers=8, input="ray")
+    with pytest.raises(
+        ValueError, match="8 workers and one CPU for Ray Data need 9 CPUs and 0 GPUs, the cluster has 8"
+    ):
+        run_training(tmp_path, compute=compute)
+
+
+def _assert_same_history(history: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert len(history) == len(expected)
+    for ours, theirs in zip(history, expected, strict=True):
+        for name in ("epoch", "step", "loss", "accuracy", "learning_rate"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
