@@ -1,0 +1,1 @@
+"""What a person submits: one file a stage, the order of stages, the config and the command line."""

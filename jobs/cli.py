@@ -1,0 +1,256 @@
+"""The command line: demo, prepare, validate, run, predict, evaluate, report, results.
+
+Exit codes: 0 done; 1 the run failed (storage, training, too many bad images); 2 the input or the config is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from cluster.artifacts import ArtifactMismatch
+from cluster.progress import Progress
+from cluster.runtime import ClusterSettings, check_shared_storage, quiet_libraries, start_ray
+from cluster.storage import Storage, StorageError
+from cluster.streams import StreamSettings
+from cluster.tracking import Tracker
+from jobs import demo_dataset, evaluate, pipeline, predict, report, results, summary
+from jobs.config import ConfigError, Experiment, load_experiment
+from jobs.context import StageContext
+from jobs.importers import list_images
+from jobs.manifest import open_manifest
+from jobs.prepare import PrepareSettings
+from jobs.validate import format_problems, validate
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    name="subcat",
+    help="Tags in, masks and a segmenter out: weakly-supervised segmentation by sub-category exploration, on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Config = Annotated[str, typer.Argument(help="TOML config, a path or an s3:// URI.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a setting: --set classifier.optimiser.epochs=4")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show Ray's own messages, and whole traces of errors.")]
+
+
+def main() -> None:
+    """Run a command; errors that a user can mend are one clear message, not a trace."""
+    verbose = "--verbose" in sys.argv
+    quiet_libraries(verbose)
+    try:
+        app(standalone_mode=False)
+    except (ConfigError, ArtifactMismatch, StorageError, ValueError, typer.TyperException) as error:
+        _fail(error, verbose, code=1 if isinstance(error, StorageError) else 2)
+    except RuntimeError as error:
+        _fail(error, verbose, code=1)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("stopped; run the same command again to go on", err=True)
+        raise SystemExit(130) from None
+
+
+def _fail(error: Exception, verbose: bool, code: int) -> None:
+    if verbose:
+        traceback.print_exception(error)
+    logging.getLogger("subcat").debug("failed", exc_info=error)
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    typer.secho(f"error: {message}", err=True, fg=typer.colors.RED)
+    raise SystemExit(code) from error
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="Folder or s3:// prefix for everything the run writes.")] = "outputs/demo",
+    data: Annotated[Path, typer.Option(help="Folder for the procedural pictures.")] = Path("data/demo"),
+    set_: Overrides = None,
+    verbose: Verbose = False,
+) -> None:
+    """The main job on the embedded pictures: manifest to report, two rounds after round 0."""
+    demo_dataset.write_demo_dataset(data)
+    config = Path(__file__).resolve().parent.parent / "configs" / "demo.toml"
+    table = json.dumps(str(data.absolute() / "labels.csv"))
+    overrides = [f"output={json.dumps(output)}", f"prepare.source.path={table}", *(set_ or [])]
+    execute(load_experiment(str(config), overrides), verbose=verbose, command=_command())
+
+
+@app.command()
+def run(
+    config: Config,
+    set_: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="Stop after the last occurrence of this stage.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the stages and the resolved settings, and exit.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """The main job: every stage of a config, complete ones skipped."""
+    experiment = load_experiment(config, set_ or [])
+    if stage is not None and stage not in pipeline.STAGES:
+        raise ConfigError(f"--stage {stage}: no such stage; one of {', '.join(pipeline.STAGES)}")
+    if dry_run:
+        _print_plan(experiment)
+        return
+    execute(experiment, last_stage=stage, verbose=verbose, command=_command())
+
+
+@app.command()
+def prepare(config: Config, set_: Overrides = None, verbose: Verbose = False) -> None:
+    """Import and check images and tags: the manifest alone."""
+    execute(load_experiment(config, set_ or []), last_stage="prepare", verbose=verbose, command=_command())
+
+
+@app.command(name="validate")
+def validate_command(
+    source: Annotated[str, typer.Argument(help="TOML config, or a manifest folder, or a CSV or Parquet table.")],
+    decode: Annotated[bool, typer.Option(help="Decode every image and mask on the cluster.")] = False,
+    set_: Overrides = None,
+    verbose: Verbose = False,
+) -> None:
+    """Print every problem of a data set at once, with file and row."""
+    cluster, stream = ClusterSettings(), StreamSettings()
+    settings: PrepareSettings | str
+    if source.endswith(".toml"):
+        experiment = load_experiment(source, set_ or [])
+        cluster, stream, settings = experiment.cluster, experiment.stream, experiment.prepare
+    else:
+        settings = source
+    problems = _with_ray(
+        cluster,
+        decode and stream.num_actors > 0,
+        lambda: validate(settings, decode=decode, stream=stream, progress=Progress()),
+        verbose,
+    )
+    typer.echo(format_problems(problems))
+    if any(problem.is_error for problem in problems):
+        raise SystemExit(2)
+
+
+@app.command(name="predict")
+def predict_command(
+    images: Annotated[str, typer.Argument(help="A folder, an image, or a CSV or Parquet table with a column uri.")],
+    model: Annotated[str, typer.Option(help="The folder `segmenter` of a finished run.")],
+    output: Annotated[str, typer.Option(help="Folder or s3:// prefix for the masks.")],
+    base_px: Annotated[
+        int | None, typer.Option(min=16, help="Short side the network sees; default: as in training.")
+    ] = None,
+    flip: Annotated[bool, typer.Option(help="Average with the mirrored image.")] = True,
+    num_actors: Annotated[int, typer.Option(min=0, help="Ray actors; 0 works in process, without Ray.")] = 0,
+    gpus_per_actor: Annotated[float, typer.Option(min=0, help="GPUs an actor asks for.")] = 0.0,
+    max_bad_frac: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the images that may be unreadable.")
+    ] = 0.02,
+    verbose: Verbose = False,
+) -> None:
+    """Masks for images without tags, from a trained segmenter."""
+    settings = predict.PredictSettings(base_px=base_px, flip=flip)
+    stream = StreamSettings(num_actors=num_actors, gpus_per_actor=gpus_per_actor, max_bad_frac=max_bad_frac)
+    rows = list_images(images)
+    folder = Storage(output)
+
+    def work() -> dict[str, Any]:
+        if num_actors > 0:
+            check_shared_storage(folder)
+        return predict.predict_images(
+            Progress(), segmenter=Storage(model), rows=rows, output=folder, settings=settings, stream=stream
+        )
+
+    stats = _with_ray(ClusterSettings(), num_actors > 0, work, verbose)
+    typer.echo(
+        f"{stats['num_images']} masks in {Storage(output).uri('png')}, {stats['num_bad']} images could not be read"
+    )
+    for bad in stats["bad"]:
+        typer.echo(f"  {bad['uri']}: {bad['reason']}")
+
+
+@app.command(name="evaluate")
+def evaluate_command(
+    run_output: Annotated[str, typer.Argument(help="Output of a run: its manifest has the masks and the classes.")],
+    split: Annotated[str, typer.Option(help="Split of the manifest.")] = "val",
+    predictions: Annotated[
+        str | None, typer.Option(help="Folder of <image_id>.png; default: the run's predictions.")
+    ] = None,
+) -> None:
+    """Print mIoU, per-class IoU and pixel accuracy, and the protocol they were taken by."""
+    storage = Storage(run_output)
+    manifest = open_manifest(storage)
+    folder = Storage(predictions) if predictions else storage.child("predictions/png")
+    own = not predictions and storage.exists("evaluation/scores.json")
+    protocol = storage.read_json("evaluation/scores.json")["protocol"] if own else None
+    scores = evaluate.evaluate_folder(manifest, split, folder, protocol)
+    summary.print_scores(scores, manifest.classes.names)
+
+
+@app.command(name="report")
+def report_command(config: Config, set_: Overrides = None, verbose: Verbose = False) -> None:
+    """Make the HTML report of a run again, from what is there."""
+    experiment = load_experiment(config, set_ or [])
+    report.write_report(Storage(experiment.output), experiment, command=_command())
+    typer.echo(Storage(experiment.output).uri("report/index.html"))
+
+
+@app.command(name="results")
+def results_command(
+    outputs: Annotated[list[str], typer.Argument(help="Output folders of finished runs of one config.")],
+) -> None:
+    """Print the scores of several runs, say of three seeds, as a Markdown table with mean and spread."""
+    typer.echo(results.results_table(outputs))
+
+
+def execute(experiment: Experiment, *, last_stage: str | None = None, verbose: bool = False, command: str = "") -> None:
+    """Start what the run needs (Ray, MLflow), run the pipeline, print the table."""
+    storage = Storage(experiment.output)
+    storage.check_writable()
+    progress = Progress()
+
+    def work() -> None:
+        if needs_ray(experiment):
+            check_shared_storage(storage, experiment.cluster.shared_folder)
+        with Tracker(experiment.tracking, storage, experiment.name) as tracker:
+            tracker.log_config(experiment.flattened())
+            tracker.log_artifact_text("command.txt", command)
+            pipeline.run(StageContext(experiment, storage, progress, tracker, command), last_stage)
+
+    _with_ray(experiment.cluster, needs_ray(experiment), work, verbose)
+    summary.print_summary(storage, experiment, Console())
+    if storage.exists("report/index.html"):
+        typer.echo(f"report: {storage.uri('report/index.html')}")
+
+
+def needs_ray(experiment: Experiment) -> bool:
+    """Whether any stage of the run, in any round, asks for workers or actors."""
+    rounds = [experiment.for_round(index) for index in range(experiment.rounds + 1)]
+    compute = [*(part.classifier.compute for part in rounds), experiment.segmenter.compute]
+    return experiment.stream.num_actors > 0 or any(part.num_workers > 0 for part in compute)
+
+
+def _with_ray(settings: ClusterSettings, needed: bool, work: Callable[[], T], verbose: bool) -> T:
+    """Call `work`, inside a Ray session where one is needed."""
+    if not needed:
+        return work()
+    with start_ray(settings, verbose=verbose):
+        return work()
+
+
+def _print_plan(experiment: Experiment) -> None:
+    summary.print_summary(Storage(experiment.output), experiment)
+    for key, value in experiment.flattened().items():
+        typer.echo(f"{key} = {value}")
+
+
+def _command() -> str:
+    """The command line as typed, for the report."""
+    return shlex.join(["subcat", *sys.argv[1:]])

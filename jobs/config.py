@@ -1,0 +1,223 @@
+"""Experiment: composes the settings that lower files own, checks across them, and words errors by dotted key."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from cluster.runtime import ClusterSettings
+from cluster.storage import read_uri
+from cluster.streams import StreamSettings
+from cluster.tracking import TrackingSettings
+from jobs.evaluate import EvaluationSettings
+from jobs.extract_features import FeatureSettings
+from jobs.make_cams import CamStageSettings
+from jobs.make_pseudo_masks import PseudoMaskStageSettings
+from jobs.predict import PredictSettings
+from jobs.prepare import PrepareSettings
+from jobs.report import ReportSettings
+from jobs.train_classifier import ClassifierSettings
+from jobs.train_segmenter import SegmenterStageSettings
+from subcat_core.kmeans import KMeansSettings
+from subcat_core.settings import Settings
+
+# The sections a round may override, as [round.2] classifier.optimiser.epochs = 12
+ROUND_SECTIONS = ("classifier", "features", "kmeans", "cams")
+
+
+class ConfigError(ValueError):
+    """Everything wrong with a config, a line each: dotted key, value, rule, nearest valid key."""
+
+
+class Experiment(Settings):
+    """All settings of one run. Each section's class stands beside the code that it configures."""
+
+    name: str = Field(min_length=1)
+    """Name of the MLflow run and of the report."""
+    output: str = Field(min_length=1)
+    """Folder or s3:// prefix that takes everything the run writes."""
+    rng_seed: int = Field(default=0, ge=0)
+    """Seeds batches, augmentation, heads, dropout and k-means."""
+    rounds: int = Field(default=3, ge=0, le=20)
+    """R: sub-category rounds after round 0."""
+    prepare: PrepareSettings
+    classifier: ClassifierSettings = ClassifierSettings()
+    features: FeatureSettings = FeatureSettings()
+    kmeans: KMeansSettings = KMeansSettings()
+    cams: CamStageSettings = CamStageSettings()
+    pseudo_masks: PseudoMaskStageSettings = PseudoMaskStageSettings()
+    segmenter: SegmenterStageSettings = SegmenterStageSettings()
+    predict: PredictSettings = PredictSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    report: ReportSettings = ReportSettings()
+    stream: StreamSettings = StreamSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    round: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Overrides by round: {"2": {"classifier": {"optimiser": {"epochs": 12}}}}."""
+
+    @model_validator(mode="after")
+    def _rounds_exist(self) -> Experiment:
+        names = [str(index) for index in range(self.rounds + 1)]
+        for key, sections in self.round.items():
+            if key not in names:
+                raise ValueError(f"round.{key}: this run has rounds 0 to {self.rounds}; name one of them")
+            for section in sections:
+                if key == names[-1] and section in ("features", "kmeans"):
+                    raise ValueError(f"round.{key}.{section}: the last round makes no features and no clusters")
+                if section not in ROUND_SECTIONS:
+                    near = _nearest(section, ROUND_SECTIONS)
+                    raise ValueError(f"round.{key}.{section}: a round may override {', '.join(ROUND_SECTIONS)}{near}")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Experiment:
+        for key, part in (("classifier", self.classifier), ("segmenter", self.segmenter)):
+            workers, batch_size = part.compute.num_workers, part.optimiser.batch_size
+            if workers and batch_size % workers:
+                raise ValueError(f"{key}.optimiser.batch_size = {batch_size}: does not divide among {workers} workers")
+            if part.compute.input == "ray" and not workers:
+                raise ValueError(f"{key}.compute.input = ray: needs {key}.compute.num_workers of 1 or more")
+        stride = self.segmenter.model.backbone.output_stride
+        if stride == 32:
+            raise ValueError("segmenter.model.backbone.output_stride = 32: too coarse for masks; use 8 or 16")
+        return self
+
+    def for_round(self, round_index: int) -> Experiment:
+        """The settings of one round: this experiment with the overrides of [round.N] applied.
+
+        Raises ConfigError naming the dotted key below round.N.
+        """
+        overrides = self.round.get(str(round_index))
+        if not overrides:
+            return self
+        values = _merged(self.model_dump(mode="json"), {**overrides, "round": {}})
+        return parse_experiment(values, prefix=f"round.{round_index}.")
+
+    def flattened(self) -> dict[str, str]:
+        """Dotted key -> value as text, for MLflow and for the report."""
+        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in _flat(self)}
+
+
+def load_experiment(path: str, overrides: Iterable[str] = ()) -> Experiment:
+    """Read a TOML config (path or s3:// URI) and apply `a.b=c` overrides. Raises ConfigError."""
+    try:
+        text = read_uri(path if "://" in path else str(Path(path).absolute())).decode()
+        values = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give the path of a TOML config") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    for text in overrides:
+        values = _merged(values, _override(text))
+    return parse_experiment(values, origin=path)
+
+
+def parse_experiment(values: Mapping[str, Any], *, origin: str = "config", prefix: str = "") -> Experiment:
+    """Validate plain values (as from TOML). Raises ConfigError with every problem at once."""
+    try:
+        experiment = Experiment.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise ConfigError(_worded(error, origin, prefix)) from error
+    except TypeError as error:
+        raise ConfigError(f"{origin}: {error}; dates and times are not settings") from error
+    for round_index in range(experiment.rounds + 1):
+        experiment.for_round(round_index)
+    return experiment
+
+
+def _override(text: str) -> dict[str, Any]:
+    """`a.b=c` -> {"a": {"b": c}}; c is a TOML value, or a string when it is none."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: expected KEY=VALUE, such as --set classifier.optimiser.epochs=4")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    for part in reversed(key.strip().split(".")):
+        parsed = {part: parsed}
+    return typing.cast(dict[str, Any], parsed)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep merge of tables; `over` wins."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = (
+            _merged(old, value) if isinstance(value, Mapping) and isinstance(old, Mapping) and value else value
+        )
+    return result
+
+
+def _flat(experiment: Experiment) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping) and value:
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            rows.append((prefix, value))
+
+    walk("", experiment.model_dump(mode="json"))
+    return rows
+
+
+def _nearest(word: str, valid: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
+    return f"; nearest: {near[0]}" if near else ""
+
+
+def _worded(error: ValidationError, origin: str, prefix: str) -> str:
+    lines = []
+    for problem in error.errors():
+        location = [part for part in problem["loc"] if not _is_union_tag(part)]
+        key = prefix + ".".join(str(part) for part in location)
+        if problem["type"] == "extra_forbidden":
+            valid = _fields_at(location[:-1])
+            line = f"{key}: unknown key{_nearest(str(location[-1]), valid)} (valid: {', '.join(sorted(valid))})"
+        elif problem["type"] == "missing":
+            line = f"{key}: required, but not given"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            shown = "" if isinstance(problem["input"], dict) else f" = {json.dumps(problem['input'], default=str)}"
+            line = f"{key}{shown}: {message}" if key else message
+        lines.append(line)
+    count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+    return f"{origin}: {count} in the settings\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _is_union_tag(part: str | int) -> bool:
+    """pydantic puts the tag of a discriminated union into the location; it is no key of the config."""
+    return isinstance(part, str) and part in ("voc", "folders", "table")
+
+
+def _fields_at(location: list[str | int]) -> set[str]:
+    """The valid keys of the table at a location; all members' keys where it is a union."""
+    models: list[type[BaseModel]] = [Experiment]
+    for part in location:
+        models = [
+            inner
+            for model in models
+            if part in model.model_fields
+            for inner in _models_in(model.model_fields[str(part)].annotation)
+        ]
+    return {name for model in models for name in model.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+    return []

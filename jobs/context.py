@@ -1,0 +1,86 @@
+"""StageContext, what every stage gets; `complete`, the one way a stage is skipped, run, timed, logged, committed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from cluster.artifacts import STARTED, Artifact
+from cluster.progress import Progress
+from cluster.runtime import peak_rss_bytes
+from cluster.storage import Storage
+from cluster.streams import ShardSummary
+from cluster.tracking import ChildRun, Tracker
+
+if TYPE_CHECKING:
+    from jobs.config import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class StageContext:
+    """Where a stage reads and writes, and whom it tells. `storage` is the root of the run's output."""
+
+    experiment: Experiment
+    storage: Storage
+    progress: Progress
+    tracker: Tracker
+    command: str = ""
+    """The command line of the run, for the report."""
+
+    def for_round(self, round_index: int) -> StageContext:
+        """The same context with the settings of one round."""
+        return dataclasses.replace(self, experiment=self.experiment.for_round(round_index))
+
+
+def round_folder(round_index: int, stage: str) -> str:
+    """`rounds/02/features`."""
+    return f"rounds/{round_index:02d}/{stage}"
+
+
+def complete(
+    context: StageContext,
+    *,
+    name: str,
+    stage: str,
+    inputs: dict[str, Any],
+    work: Callable[[Artifact, ChildRun], dict[str, Any]],
+    round_index: int | None = None,
+) -> Artifact:
+    """Skip a finished stage, or do its `work` and write its marker last.
+
+    name: folder below the run's root. inputs: settings and fingerprints that decide the output. work: gets the begun
+    artifact and its MLflow run, writes into `artifact.folder` and returns JSON-able stats for the marker.
+    Its seconds are those of this call; `resumed` says that an earlier call had done a part.
+    Raises ArtifactMismatch when the folder holds the output of other inputs.
+    """
+    artifact = Artifact(context.storage, name, {"stage": stage, **inputs})
+    where = stage if round_index is None else f"{stage}, round {round_index}"
+    if artifact.is_complete():
+        context.progress.note(f"{where}: complete, skipped")
+        return artifact
+    resumed = artifact.folder.exists(STARTED)
+    artifact.begin()
+    started = time.monotonic()
+    with context.tracker.child(stage, round_index) as child:
+        stats = work(artifact, child)
+        seconds = time.monotonic() - started
+        stats = {"seconds": round(seconds, 2), "resumed": resumed, "driver_rss_bytes": peak_rss_bytes(), **stats}
+        if stats.get("num_images") and not resumed:
+            stats.setdefault("images_per_s", round(stats["num_images"] / max(seconds, 1e-9), 2))
+        child.log_metrics(
+            {f"{stage}/{key}": float(value) for key, value in stats.items() if isinstance(value, int | float)}
+        )
+        artifact.commit(stats)
+    return artifact
+
+
+def stream_stats(summaries: list[ShardSummary]) -> dict[str, Any]:
+    """The stats every streaming stage keeps: rows, bad rows with their reasons, and the workers' peak memory."""
+    return {
+        "num_images": sum(summary.num_rows for summary in summaries),
+        "num_bad": sum(len(summary.bad) for summary in summaries),
+        "peak_rss_bytes": max((summary.peak_rss_bytes for summary in summaries), default=0),
+        "bad": [dataclasses.asdict(bad) for summary in summaries for bad in summary.bad],
+    }

@@ -1,0 +1,204 @@
+"""Class activation maps of the tagged classes, and their score wherever there is ground truth.
+
+Reads:   manifest, classifier of the round
+Writes:  rounds/RR/cams: part-*.parquet (schema CAMS, a quarter of the resolution); scores.json with the threshold curve
+Runs on: a fixed pool of Ray Data actors, a shard at a time; in process with stream.num_actors = 0
+
+The last round covers the train split, which becomes pseudo masks; earlier rounds only the images with ground truth, so
+that rounds can be compared. Tags gate the maps on every split: no deployable numbers, and the protocol says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field
+
+from cluster.artifacts import Artifact
+from cluster.storage import Storage, StorageError, read_uri
+from cluster.streams import BadRow, ShardOutput, iter_images, map_shards
+from cluster.tracking import ChildRun
+from jobs.context import StageContext, complete, round_folder, stream_stats
+from jobs.manifest import Manifest
+from jobs.scoring import PAPER_THRESHOLD, sweep_scores
+from jobs.train_classifier import ClassifierSettings, load_classifier
+from subcat_core import schemas
+from subcat_core.cam import CamSettings, compute_cams, upsample_cam
+from subcat_core.classes import ClassTable
+from subcat_core.images import ImageError, decode_mask
+from subcat_core.metrics import ThresholdSweep
+from subcat_core.settings import Settings
+
+COLUMNS = ["image_id", "uri", "height_px", "width_px", "labels", "mask_uri"]
+
+
+class CamStageSettings(Settings):
+    """How maps are made and scored."""
+
+    cam: CamSettings = CamSettings()
+    output_stride: Literal[8, 16, 32] | None = None
+    """Stride of the maps, by dilating the trained network; None: as trained. Half the stride costs twice the time."""
+    batch_size: int = Field(default=8, ge=1)
+    """Images whose maps are computed together; only equal sizes share a forward pass."""
+    num_thresholds: int = Field(default=60, ge=2, le=1000)
+    """Points of the threshold curve between 0 and 1; the paper's 0.15 is always one of them."""
+
+    def thresholds(self) -> list[float]:
+        grid = np.round(np.arange(self.num_thresholds) / self.num_thresholds, 4).tolist()
+        return sorted({*grid, PAPER_THRESHOLD})
+
+
+class CamWorker:
+    """One actor: holds the network, turns a manifest shard into a CAM shard and a confusion matrix a threshold."""
+
+    def __init__(
+        self,
+        *,
+        classifier: Storage,
+        classifier_settings: ClassifierSettings,
+        classes: ClassTable,
+        settings: CamStageSettings,
+        only_scored: bool,
+    ) -> None:
+        self.settings = settings
+        self.classes = classes
+        self.only_scored = only_scored
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = (
+            load_classifier(classifier, classifier_settings, classes.num_classes, settings.output_stride)
+            .to(self.device)
+            .to(memory_format=torch.channels_last)
+        )
+
+    def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
+        table = inputs["manifest"]
+        if self.only_scored:
+            table = table.filter(table["mask_uri"].is_valid())
+        sweep = ThresholdSweep(self.classes.num_classes, self.settings.thresholds())
+        bad: list[BadRow] = []
+        made: list[dict[str, Any]] = []
+        waiting: list[tuple[dict[str, Any], np.ndarray]] = []
+        num_scored = 0
+        for row, image in iter_images(table):
+            if isinstance(image, BadRow):
+                bad.append(image)
+                continue
+            waiting.append((row, image))
+            if len(waiting) == self.settings.batch_size:
+                num_scored += self._flush(waiting, made, sweep, bad)
+        num_scored += self._flush(waiting, made, sweep, bad)
+        stats = {"sweep": sweep.to_json(), "num_scored": num_scored}
+        return ShardOutput(pa.Table.from_pylist(made, schemas.CAMS), bad=bad, stats=stats, num_rows=len(made))
+
+    def _flush(
+        self,
+        waiting: list[tuple[dict[str, Any], np.ndarray]],
+        made: list[dict[str, Any]],
+        sweep: ThresholdSweep,
+        bad: list[BadRow],
+    ) -> int:
+        """Maps of the images that wait; returns how many of them had ground truth."""
+        if not waiting:
+            return 0
+        labels = [list(row["labels"] or []) for row, _ in waiting]
+        cams = compute_cams(self.model, [image for _, image in waiting], labels, self.settings.cam, self.device)
+        num_scored = 0
+        for (row, image), present, cam in zip(waiting, labels, cams, strict=True):
+            stored = cam.astype(np.float16)
+            made.append(
+                {
+                    "image_id": row["image_id"],
+                    "class_indices": present,
+                    "cam_height": stored.shape[1],
+                    "cam_width": stored.shape[2],
+                    "cam": stored.ravel(),
+                }
+            )
+            if row["mask_uri"]:
+                try:
+                    truth = read_truth(row, self.classes)
+                except (ImageError, StorageError) as error:
+                    bad.append(BadRow(row["image_id"], row["mask_uri"], str(error)))
+                    continue
+                sweep.update(upsample_cam(stored.astype(np.float32), *image.shape[:2]), present, truth)
+                num_scored += 1
+        waiting.clear()
+        return num_scored
+
+
+def read_truth(row: dict[str, Any], classes: ClassTable) -> np.ndarray:
+    """(H, W) uint8 class ids of a manifest row's ground truth. Raises ImageError or StorageError."""
+    return decode_mask(read_uri(row["mask_uri"]), classes.mask_lut())
+
+
+def cam_of(row: dict[str, Any]) -> np.ndarray:
+    """(n, h, w) float32 from a row of a CAM table."""
+    height, width = row["cam_height"], row["cam_width"]
+    return np.asarray(row["cam"], np.float32).reshape(len(row["class_indices"]), height, width)
+
+
+def run(context: StageContext, manifest: Manifest, round_index: int, classifier: Artifact, *, last: bool) -> Artifact:
+    """CAMs of one round; `last` adds the whole train split."""
+    experiment = context.experiment
+    settings = experiment.cams
+    scored = set(manifest.shard_names(with_masks=True))
+    train = manifest.shard_names("train")
+    shards = sorted(scored | set(train)) if last else sorted(scored)
+
+    def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
+        total = sum(shard.num_rows for shard in manifest.shards if shard.name in shards)
+        with context.progress.stage(f"make CAMs, round {round_index}", total=total, unit="images") as bar:
+            summaries = map_shards(
+                CamWorker,
+                {
+                    "classifier": classifier.folder,
+                    "classifier_settings": experiment.classifier,
+                    "classes": manifest.classes,
+                    "settings": settings,
+                    "only_scored": not last,
+                },
+                inputs={"manifest": manifest.folder},
+                columns={"manifest": COLUMNS},
+                shards=shards,
+                output=artifact.folder,
+                settings=experiment.stream,
+                bar=bar,
+                stage="make_cams",
+            )
+        protocol = {
+            "masks": "CAM against annotated masks; pixels of 255 are skipped",
+            "tags": "used: only the tagged classes have maps, on every split",
+            "threshold": "constant background score; best one picked on the split itself",
+            "crf": "no",
+            "scales": list(settings.cam.scales),
+            "flip": settings.cam.flip,
+            "base_px": settings.cam.base_px,
+            "weights": experiment.classifier.backbone.weights,
+            "rng_seed": experiment.rng_seed,
+        }
+        scores = {"protocol": protocol, "splits": sweep_scores(summaries, manifest)}
+        artifact.folder.write_json("scores.json", scores)
+        for split, score in scores["splits"].items():
+            values = {
+                f"make_cams/miou_{split}_best": score["best"]["miou"],
+                f"make_cams/miou_{split}_015": score["fixed"]["miou"],
+            }
+            child.log_metrics(values, round_index)
+        return stream_stats(summaries)
+
+    return complete(
+        context,
+        name=round_folder(round_index, "cams"),
+        stage="make_cams",
+        round_index=round_index,
+        inputs={
+            "settings": settings.model_dump(mode="json", exclude={"batch_size"}),
+            "manifest": manifest.fingerprint,
+            "classifier": classifier.fingerprint,
+            "whole_train_split": last,
+        },
+        work=work,
+    )

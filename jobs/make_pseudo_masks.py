@@ -1,0 +1,139 @@
+"""CAM -> background score -> dense CRF -> pseudo mask, in one stream: nothing at full resolution is kept but the masks.
+
+Reads:   manifest (train), CAMs of the last round
+Writes:  pseudo_masks: png/<image_id>.png (indexed, with palette), part-*.parquet (schema MASKS); scores.json
+Runs on: a fixed pool of Ray Data actors on CPUs, a shard at a time; in process with stream.num_actors = 0
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.artifacts import Artifact
+from cluster.storage import Storage, StorageError
+from cluster.streams import BadRow, ShardOutput, iter_images, map_shards
+from cluster.tracking import ChildRun
+from jobs.context import StageContext, complete, stream_stats
+from jobs.make_cams import COLUMNS, cam_of, read_truth
+from jobs.manifest import Manifest
+from jobs.scoring import confusion_scores, split_confusions
+from subcat_core import schemas
+from subcat_core.classes import ClassTable
+from subcat_core.images import ImageError, encode_mask
+from subcat_core.metrics import ConfusionMatrix
+from subcat_core.pseudo_mask import PseudoMaskSettings, make_pseudo_mask
+from subcat_core.settings import Settings
+
+
+class PseudoMaskStageSettings(Settings):
+    """How maps become masks."""
+
+    mask: PseudoMaskSettings = PseudoMaskSettings()
+
+
+class PseudoMaskWorker:
+    """One actor: turns a CAM shard into PNG files and their index."""
+
+    def __init__(self, *, output: Storage, classes: ClassTable, settings: PseudoMaskStageSettings) -> None:
+        self.output = output
+        self.classes = classes
+        self.settings = settings
+
+    def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
+        cams = {row["image_id"]: row for row in inputs["cams"].to_pylist()}
+        confusion = ConfusionMatrix(self.classes.num_classes)
+        num_scored = 0
+        bad: list[BadRow] = []
+        made: list[dict[str, Any]] = []
+        for row, image in iter_images(inputs["manifest"]):
+            if isinstance(image, BadRow):
+                bad.append(image)
+                continue
+            if row["image_id"] not in cams:
+                bad.append(BadRow(row["image_id"], row["uri"], "no CAM was made for this image; see make_cams"))
+                continue
+            cam = cams[row["image_id"]]
+            pseudo = make_pseudo_mask(cam_of(cam), cam["class_indices"], image, self.settings.mask)
+            name = f"png/{row['image_id']}.png"
+            self.output.write_bytes(name, encode_mask(pseudo.mask, self.classes.flat_palette()))
+            made.append(
+                {
+                    "image_id": row["image_id"],
+                    "mask_uri": self.output.uri(name),
+                    "class_ids": [int(value) for value in pseudo.class_ids],
+                    "coverage_frac": pseudo.coverage_frac,
+                    "ignore_frac": pseudo.ignore_frac,
+                    "confidence": pseudo.confidence,
+                }
+            )
+            if row["mask_uri"]:
+                try:
+                    truth = read_truth(row, self.classes)
+                except (ImageError, StorageError) as error:
+                    bad.append(BadRow(row["image_id"], row["mask_uri"], str(error)))
+                    continue
+                confusion.update(pseudo.labels, truth)
+                num_scored += 1
+        stats = {
+            "confusion": confusion.to_json(),
+            "num_scored": num_scored,
+            "coverage": float(np.sum([row["coverage_frac"] for row in made])),
+            "ignored": float(np.sum([row["ignore_frac"] for row in made])),
+        }
+        return ShardOutput(pa.Table.from_pylist(made, schemas.MASKS), bad=bad, stats=stats, num_rows=len(made))
+
+
+def run(context: StageContext, manifest: Manifest, cams: Artifact) -> Artifact:
+    """Pseudo masks of the train split."""
+    settings = context.experiment.pseudo_masks
+
+    def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
+        with context.progress.stage("make pseudo masks", total=manifest.num_rows("train"), unit="images") as bar:
+            summaries = map_shards(
+                PseudoMaskWorker,
+                {"output": artifact.folder, "classes": manifest.classes, "settings": settings},
+                inputs={"manifest": manifest.folder, "cams": cams.folder},
+                columns={"manifest": COLUMNS},
+                shards=manifest.shard_names("train"),
+                output=artifact.folder,
+                settings=context.experiment.stream.model_copy(update={"gpus_per_actor": 0.0}),
+                bar=bar,
+                stage="make_pseudo_masks",
+            )
+        stats = stream_stats(summaries)
+        num_made = max(stats["num_images"], 1)
+        stats["coverage_frac"] = sum(summary.stats["coverage"] for summary in summaries) / num_made
+        stats["ignore_frac"] = sum(summary.stats["ignored"] for summary in summaries) / num_made
+        mask = settings.mask
+        protocol = {
+            "masks": "argmax of the pseudo masks against annotated masks, before low confidence becomes 255",
+            "tags": "used: only the tagged classes compete",
+            "background": f"(1 - max)^{mask.alpha}"
+            if mask.background == "power"
+            else f"constant {mask.background_score}",
+            "crf": "no" if mask.crf is None else mask.crf.model_dump(mode="json"),
+            "min_confidence": mask.min_confidence,
+            "rng_seed": context.experiment.rng_seed,
+        }
+        splits = {
+            split: confusion_scores(confusion, num_scored)
+            for split, (confusion, num_scored) in split_confusions(summaries, manifest).items()
+        }
+        artifact.folder.write_json("scores.json", {"protocol": protocol, "splits": splits})
+        child.log_metrics({f"make_pseudo_masks/miou_{split}": score["miou"] for split, score in splits.items()})
+        return stats
+
+    return complete(
+        context,
+        name="pseudo_masks",
+        stage="make_pseudo_masks",
+        inputs={
+            "settings": settings.model_dump(mode="json"),
+            "manifest": manifest.fingerprint,
+            "cams": cams.fingerprint,
+        },
+        work=work,
+    )

@@ -1,0 +1,135 @@
+"""The ordered stages and the round loop: the whole story on one page.
+
+    prepare
+    round 0..R:  train_classifier -> make_cams (score) and, but for the last round, extract_features -> cluster_features
+    make_pseudo_masks -> train_segmenter -> predict -> evaluate -> report
+
+Every classifier starts from the pretrained weights again; a round hands on only its sub-categories. The last round
+makes none, for nothing would use them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from cluster.artifacts import Artifact
+from jobs import (
+    cluster_features,
+    evaluate,
+    extract_features,
+    make_cams,
+    make_pseudo_masks,
+    predict,
+    prepare,
+    report,
+    train_classifier,
+    train_segmenter,
+)
+from jobs.context import StageContext, round_folder
+from jobs.manifest import Manifest, open_manifest
+
+if TYPE_CHECKING:
+    from jobs.config import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """One step of the run: its stage, its round (None outside rounds) and the folder it writes."""
+
+    stage: str
+    round_index: int | None
+    folder: str
+
+
+def plan(experiment: Experiment) -> list[StagePlan]:
+    """The steps of an experiment in order."""
+    steps = [StagePlan("prepare", None, "manifest")]
+    for index in range(experiment.rounds + 1):
+        steps.append(StagePlan("train_classifier", index, round_folder(index, "classifier")))
+        steps.append(StagePlan("make_cams", index, round_folder(index, "cams")))
+        if index < experiment.rounds:
+            steps.append(StagePlan("extract_features", index, round_folder(index, "features")))
+            steps.append(StagePlan("cluster_features", index, round_folder(index, "subcategories")))
+    steps += [
+        StagePlan("make_pseudo_masks", None, "pseudo_masks"),
+        StagePlan("train_segmenter", None, "segmenter"),
+        StagePlan("predict", None, "predictions"),
+        StagePlan("evaluate", None, "evaluation"),
+        StagePlan("report", None, "report"),
+    ]
+    return steps
+
+
+STAGES = (
+    "prepare",
+    "train_classifier",
+    "make_cams",
+    "extract_features",
+    "cluster_features",
+    "make_pseudo_masks",
+    "train_segmenter",
+    "predict",
+    "evaluate",
+    "report",
+)
+
+
+def run(context: StageContext, last_stage: str | None = None) -> None:
+    """Run every stage in order, skipping what is complete; stop after the last occurrence of `last_stage`."""
+    names = [step.stage for step in plan(context.experiment)]
+    num_steps = len(names) if last_stage is None else len(names) - names[::-1].index(last_stage)
+    for _ in itertools.islice(_run_stages(context), num_steps):
+        pass
+
+
+def _check_splits(experiment: Experiment, manifest: Manifest) -> None:
+    """ValueError for a split that the settings name and the manifest lacks, before hours of training.
+
+    The default "val" may be missing: then nothing is held out.
+    """
+    if not manifest.num_rows("train"):
+        raise ValueError(
+            f"the manifest has no split train (it has {', '.join(manifest.splits)}); nothing can be learned"
+        )
+    named = [("classifier.validation_split", experiment.classifier.validation_split)]
+    named += [("predict.splits", split) for split in experiment.predict.splits]
+    for key, split in named:
+        if split not in (None, "val", *manifest.splits):
+            raise ValueError(f"{key} = {split!r}: no such split; the manifest has {', '.join(manifest.splits)}")
+
+
+def _run_stages(context: StageContext) -> Iterator[str]:
+    """Yields the name of each stage once it is complete, in the order of `plan`."""
+    prepare.run(context)
+    context.storage.write_json("config.json", context.experiment.model_dump(mode="json"))
+    manifest = open_manifest(context.storage)
+    _check_splits(context.experiment, manifest)
+    yield "prepare"
+
+    subcategories: Artifact | None = None
+    for round_index in range(context.experiment.rounds + 1):
+        last = round_index == context.experiment.rounds
+        in_round = context.for_round(round_index)
+        classifier = train_classifier.run(in_round, manifest, round_index, subcategories)
+        yield "train_classifier"
+        cams = make_cams.run(in_round, manifest, round_index, classifier, last=last)
+        yield "make_cams"
+        if not last:
+            features = extract_features.run(in_round, manifest, round_index, classifier)
+            yield "extract_features"
+            subcategories = cluster_features.run(in_round, manifest, round_index, features)
+            yield "cluster_features"
+
+    pseudo_masks = make_pseudo_masks.run(context, manifest, cams)
+    yield "make_pseudo_masks"
+    segmenter = train_segmenter.run(context, manifest, pseudo_masks)
+    yield "train_segmenter"
+    predictions = predict.run(context, manifest, segmenter)
+    yield "predict"
+    evaluate.run(context, manifest, predictions)
+    yield "evaluate"
+    report.run(context)
+    yield "report"

@@ -1,0 +1,140 @@
+"""What a finished or half-finished run says of itself in numbers, read from its markers and result files."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.storage import Storage
+from jobs.manifest import Manifest
+from subcat_core.classes import ClassTable
+
+_ROUND_STAGES = (
+    ("train_classifier", "classifier"),
+    ("make_cams", "cams"),
+    ("extract_features", "features"),
+    ("cluster_features", "subcategories"),
+)
+_LAST_STAGES = (
+    ("make_pseudo_masks", "pseudo_masks"),
+    ("train_segmenter", "segmenter"),
+    ("predict", "predictions"),
+    ("evaluate", "evaluation"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageRecord:
+    """One finished stage: what its marker holds. round_index: None outside rounds."""
+
+    stage: str
+    round_index: int | None
+    stats: dict[str, Any]
+    finished_at: str
+    code_version: str
+
+
+@dataclasses.dataclass(frozen=True)
+class BadImage:
+    """A quarantined image and why."""
+
+    stage: str
+    image_id: str
+    uri: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RunNumbers:
+    """Everything the page says in numbers; what is not there yet, or not known, is missing from the dicts or None.
+
+    num_images, num_masks: by split. cams, classifiers, subcategories: by round_index. Scores as in `scores.json`.
+    """
+
+    classes: ClassTable
+    num_images: dict[str, int]
+    num_masks: dict[str, int]
+    stages: list[StageRecord]
+    cams: dict[int, dict[str, Any]]
+    classifiers: dict[int, dict[str, Any]]
+    subcategories: dict[int, dict[str, Any]]
+    pseudo_masks: dict[str, Any] | None
+    segmenter: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    bad_images: list[BadImage]
+    num_bad: int
+
+    def stage(self, name: str, round_index: int | None = None) -> StageRecord | None:
+        """The record of a stage, or None while it is not complete."""
+        found = [record for record in self.stages if (record.stage, record.round_index) == (name, round_index)]
+        return found[0] if found else None
+
+
+def read_numbers(storage: Storage, manifest: Manifest, num_rounds: int, max_bad: int) -> RunNumbers:
+    """Read a run's output. num_rounds: R, so rounds 0..R are looked for. max_bad: rows of bad images to keep."""
+    rounds = range(num_rounds + 1)
+    stages = _stages(storage, num_rounds)
+    bad, num_bad = _bad_images(storage, stages, max_bad)
+    return RunNumbers(
+        classes=manifest.classes,
+        num_images={split: manifest.num_rows(split) for split in manifest.splits},
+        num_masks={split: manifest.num_masks(split) for split in manifest.splits},
+        stages=stages,
+        cams=_by_round(storage, rounds, "cams/scores.json"),
+        classifiers=_by_round(storage, rounds, "classifier/result.json"),
+        subcategories=_by_round(storage, rounds, "subcategories/result.json"),
+        pseudo_masks=read_optional(storage, "pseudo_masks/scores.json"),
+        segmenter=read_optional(storage, "segmenter/result.json"),
+        evaluation=read_optional(storage, "evaluation/scores.json"),
+        bad_images=bad,
+        num_bad=num_bad,
+    )
+
+
+def read_optional(storage: Storage, name: str) -> Any:
+    """The JSON of a file, or None where there is none."""
+    try:
+        return storage.read_json(name)
+    except FileNotFoundError:
+        return None
+
+
+def _by_round(storage: Storage, rounds: range, name: str) -> dict[int, dict[str, Any]]:
+    found = {index: read_optional(storage, f"rounds/{index:02d}/{name}") for index in rounds}
+    return {index: value for index, value in found.items() if value is not None}
+
+
+def _stages(storage: Storage, num_rounds: int) -> list[StageRecord]:
+    """Records of the complete stages, in the order in which they ran."""
+    steps: list[tuple[str, int | None, str]] = [("prepare", None, "manifest")]
+    for index in range(num_rounds + 1):
+        steps += [(stage, index, f"rounds/{index:02d}/{folder}") for stage, folder in _ROUND_STAGES]
+    steps += [(stage, None, folder) for stage, folder in _LAST_STAGES]
+    records = []
+    for stage, round_index, folder in steps:
+        marker = read_optional(storage, f"{folder}/marker.json")
+        if marker is not None:
+            finished, version = str(marker.get("finished_at") or ""), str(marker.get("code_version") or "")
+            records.append(StageRecord(stage, round_index, dict(marker.get("stats") or {}), finished, version))
+    return records
+
+
+def _bad_images(storage: Storage, stages: list[StageRecord], limit: int) -> tuple[list[BadImage], int]:
+    """The first bad images of the whole run, each once a stage, and how many there are."""
+    rows: dict[tuple[str, str], BadImage] = {}
+    for row in _quarantine(storage).to_pylist():
+        rows.setdefault((row["stage"], row["image_id"]), BadImage(**row))
+    for record in stages:
+        for bad in record.stats.get("bad") or []:
+            row = BadImage(record.stage, bad["image_id"], bad["uri"], bad["reason"])
+            rows.setdefault((record.stage, row.image_id), row)
+    return list(rows.values())[:limit], len(rows)
+
+
+def _quarantine(storage: Storage) -> pa.Table:
+    try:
+        return storage.read_table("manifest/quarantine.parquet", columns=["stage", "image_id", "uri", "reason"])
+    except FileNotFoundError:
+        return pa.table({"stage": [], "image_id": [], "uri": [], "reason": []})

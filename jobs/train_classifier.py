@@ -1,0 +1,196 @@
+"""Train the classifier of one round: parent classes, and from round 1 on the sub-categories of the round before.
+
+Reads:   manifest (train, and the validation split where there is one), sub-categories of round r - 1
+Writes:  rounds/RR/classifier: model.pt, result.json (loss by epoch, per-class average precision, mAP), checkpoints
+Runs on: Ray Train workers, data-parallel; in process with classifier.compute.num_workers = 0
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field
+
+from cluster.artifacts import Artifact
+from cluster.storage import Storage, read_uri
+from cluster.tracking import ChildRun
+from cluster.training import OptimiserSettings, TrainComputeSettings, train
+from jobs.context import StageContext, complete, round_folder
+from jobs.joins import with_column
+from jobs.manifest import Manifest
+from subcat_core.backbones import BackboneSettings, build_backbone, input_statistics
+from subcat_core.classes import multi_hot
+from subcat_core.classifier import Classifier
+from subcat_core.images import AugmentSettings, augment, centre_crop, decode_image, resize_short_side
+from subcat_core.losses import joint_loss
+from subcat_core.metrics import average_precision
+from subcat_core.settings import Settings
+from subcat_core.subcategories import subcategory_targets
+
+
+class ClassifierSettings(Settings):
+    """One round of classifier training."""
+
+    backbone: BackboneSettings = BackboneSettings()
+    dropout: float = Field(default=0.5, ge=0, lt=1)
+    """On the feature map, before pooling (Chang et al.: 0.5)."""
+    subcategory_weight: float = Field(default=5.0, ge=0)
+    """Weight of the sub-category loss beside the parent loss (lambda of Chang et al.: 5)."""
+    augment: AugmentSettings = AugmentSettings()
+    optimiser: OptimiserSettings = OptimiserSettings()
+    compute: TrainComputeSettings = TrainComputeSettings()
+    validation_split: str | None = "val"
+    """Average precision is taken on this split, if the manifest has it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierTrainee:
+    """What the worker loop needs to know of the classifier. num_clusters: K, 0 in round 0."""
+
+    settings: ClassifierSettings
+    num_classes: int
+    num_clusters: int
+
+    def build_model(self) -> Classifier:
+        backbone, _ = build_backbone(self.settings.backbone, read_uri=read_uri)
+        return Classifier(backbone, self.num_classes, self.num_clusters, dropout=self.settings.dropout)
+
+    def make_sample(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        image = decode_image(read_uri(row["uri"]))
+        return self._sample(augment(image, self.settings.augment, rng, pad_rgb=self._pad_rgb())[0], row)
+
+    def make_validation_sample(self, row: dict[str, Any]) -> dict[str, np.ndarray]:
+        """The middle of the image at the middle of the training sizes: no chance, no jitter."""
+        settings = self.settings.augment
+        side = (settings.resize_min_px + settings.resize_max_px) // 2
+        image = resize_short_side(decode_image(read_uri(row["uri"])), side)
+        return self._sample(centre_crop(image, settings.crop_px, self._pad_rgb()), row)
+
+    def _pad_rgb(self) -> tuple[int, int, int]:
+        mean, _ = input_statistics(self.settings.backbone.name)
+        return round(mean[0]), round(mean[1]), round(mean[2])
+
+    def _sample(self, image: np.ndarray, row: dict[str, Any]) -> dict[str, np.ndarray]:
+        sample = {"image": image, "parent": multi_hot(row["labels"], self.num_classes)}
+        if self.num_clusters:
+            sample["sub"] = subcategory_targets(row["labels"], row["cluster_ids"], self.num_classes, self.num_clusters)
+        return sample
+
+    def empty_sample(self) -> dict[str, np.ndarray]:
+        crop = self.settings.augment.crop_px
+        sample: dict[str, np.ndarray] = {"image": np.zeros((3, crop, crop), np.uint8)}
+        sample["parent"] = np.zeros(self.num_classes, np.float32)
+        if self.num_clusters:
+            sample["sub"] = np.zeros(self.num_classes * self.num_clusters, np.float32)
+        return sample
+
+    def loss(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        output = model(batch["image"])
+        return joint_loss(
+            output.parent,
+            output.sub,
+            batch["parent"],
+            batch.get("sub"),
+            subcategory_weight=self.settings.subcategory_weight,
+            sample_weight=batch["weight"],
+        )
+
+    def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        assert isinstance(model, Classifier)
+        return model.parameter_groups()
+
+    def outputs(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"score": model(batch["image"]).parent.float(), "target": batch["parent"]}
+
+    def metrics(self, outputs: dict[str, np.ndarray]) -> dict[str, float]:
+        """`map` and `ap/<class_index>`, over classes that occur."""
+        precision = average_precision(outputs["score"], outputs["target"])
+        values = {f"ap/{index}": float(value) for index, value in enumerate(precision) if not np.isnan(value)}
+        return {"map": float(np.nanmean(precision)) if values else float("nan"), **values}
+
+
+def run(context: StageContext, manifest: Manifest, round_index: int, subcategories: Artifact | None) -> Artifact:
+    """Train, or skip what is trained. subcategories: of `cluster_features` of the round before; None in round 0."""
+    experiment = context.experiment
+    settings = experiment.classifier
+
+    def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
+        rows = manifest.rows("train", columns=["image_id", "uri", "labels"])
+        num_clusters = 0
+        if subcategories is not None:
+            num_clusters = subcategories.folder.read_json("result.json")["num_clusters"]
+            names = manifest.shard_names("train")
+            tables = [subcategories.folder.read_table(f"{name}.parquet", ["image_id", "cluster_ids"]) for name in names]
+            rows = with_column(rows, pa.concat_tables(tables), "cluster_ids")
+        split = settings.validation_split
+        held_out = split is not None and manifest.shard_names(split)
+        validation = manifest.rows(str(split), columns=["image_id", "uri", "labels"]) if held_out else None
+        if validation is not None and num_clusters:
+            unknown = pa.array([[0] * len(labels) for labels in validation["labels"].to_pylist()], pa.list_(pa.int32()))
+            validation = validation.append_column("cluster_ids", unknown)
+        title = f"train classifier, round {round_index}"
+        total = rows.num_rows * settings.optimiser.epochs
+        with context.progress.stage(title, total=total, unit="images") as bar:
+            result = train(
+                ClassifierTrainee(settings, manifest.classes.num_classes, num_clusters),
+                rows,
+                val_rows=validation,
+                folder=artifact.folder,
+                optimiser=settings.optimiser,
+                compute=settings.compute,
+                rng_seed=experiment.rng_seed,
+                max_bad_frac=experiment.stream.max_bad_frac,
+                bar=bar,
+                on_metrics=lambda step, values: child.log_metrics(
+                    {f"train_classifier/{key}": value for key, value in values.items()}, step
+                ),
+            )
+        final = {key: value for key, value in result.metrics.items() if isinstance(value, int | float)}
+        return {
+            "num_images": result.num_images,
+            "images_per_s": result.images_per_s,
+            "peak_rss_bytes": result.peak_rss_bytes,
+            "num_bad": result.num_bad,
+            "bad": result.bad_rows,
+            **final,
+        }
+
+    return complete(
+        context,
+        name=round_folder(round_index, "classifier"),
+        stage="train_classifier",
+        round_index=round_index,
+        inputs={
+            "settings": settings.model_dump(mode="json", exclude={"compute": True, "optimiser": {"keep_checkpoints"}}),
+            "rng_seed": experiment.rng_seed,
+            "manifest": manifest.fingerprint,
+            "subcategories": subcategories.fingerprint if subcategories else None,
+        },
+        work=work,
+    )
+
+
+def load_classifier(
+    folder: Storage,
+    settings: ClassifierSettings,
+    num_classes: int,
+    output_stride: Literal[8, 16, 32] | None = None,
+) -> Classifier:
+    """The trained parent classifier of `folder`, in eval mode; maps and features never use the sub-category head.
+
+    output_stride: another stride than it was trained at, by dilation: the same weights on a finer or coarser grid.
+    """
+    changes: dict[str, Any] = {"weights": "none", "output_stride": output_stride or settings.backbone.output_stride}
+    backbone, _ = build_backbone(settings.backbone.model_copy(update=changes))
+    model = Classifier(backbone, num_classes, 0, dropout=settings.dropout)
+    with folder.fetch("model.pt") as path:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    state = {key: value for key, value in state.items() if not key.startswith("sub_head")}
+    model.load_state_dict(state)
+    return model.eval()

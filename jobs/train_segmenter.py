@@ -1,0 +1,172 @@
+"""Train the segmenter on the pseudo masks; no annotated mask is seen.
+
+Reads:   manifest (train), pseudo_masks
+Writes:  segmenter: model.pt, segmenter.json (what `predict` needs), result.json, checkpoints; the model in MLflow
+Runs on: Ray Train workers, data-parallel; in process with segmenter.compute.num_workers = 0
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cluster.artifacts import Artifact
+from cluster.storage import Storage, read_uri
+from cluster.tracking import ChildRun
+from cluster.training import OptimiserSettings, TrainComputeSettings, train
+from jobs.context import StageContext, complete
+from jobs.joins import with_column
+from jobs.manifest import Manifest
+from subcat_core.backbones import input_statistics
+from subcat_core.classes import IGNORE, ClassTable
+from subcat_core.images import AugmentSettings, augment, decode_image, decode_mask
+from subcat_core.segmenter import Segmenter, SegmenterSettings, build_segmenter, segmentation_loss
+from subcat_core.settings import Settings
+
+
+class SegmenterStageSettings(Settings):
+    """Architecture and training of the segmenter."""
+
+    model: SegmenterSettings = SegmenterSettings()
+    augment: AugmentSettings = AugmentSettings()
+    optimiser: OptimiserSettings = OptimiserSettings()
+    compute: TrainComputeSettings = TrainComputeSettings()
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmenterTrainee:
+    """What the worker loop needs to know of the segmenter."""
+
+    settings: SegmenterStageSettings
+    num_classes: int
+
+    def build_model(self) -> torch.nn.Module:
+        return build_segmenter(self.settings.model, self.num_classes, read_uri=read_uri)[0]
+
+    def make_sample(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        image = decode_image(read_uri(row["uri"]))
+        lut = ClassTable(tuple(str(index) for index in range(self.num_classes))).mask_lut()
+        mask = decode_mask(read_uri(row["mask_uri"]), lut)
+        mean, _ = input_statistics(self.settings.model.backbone.name)
+        pad_rgb = (round(mean[0]), round(mean[1]), round(mean[2]))
+        crop, mask_crop = augment(image, self.settings.augment, rng, pad_rgb=pad_rgb, mask=mask)
+        assert mask_crop is not None
+        return {"image": crop, "mask": mask_crop}
+
+    def empty_sample(self) -> dict[str, np.ndarray]:
+        crop = self.settings.augment.crop_px
+        return {"image": np.zeros((3, crop, crop), np.uint8), "mask": np.full((crop, crop), IGNORE, np.uint8)}
+
+    def loss(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = segmentation_loss(model(batch["image"]), batch["mask"], batch["weight"])
+        return loss, {"loss": loss.detach()}
+
+    def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        assert isinstance(model, Segmenter)
+        return model.parameter_groups()
+
+    def outputs(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {}
+
+    def metrics(self, outputs: dict[str, np.ndarray]) -> dict[str, float]:
+        return {}
+
+
+def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact) -> Artifact:
+    """Train on every image that has a pseudo mask."""
+    experiment = context.experiment
+    settings = experiment.segmenter
+
+    def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
+        names = manifest.shard_names("train")
+        masks = [pseudo_masks.folder.read_table(f"{name}.parquet", ["image_id", "mask_uri"]) for name in names]
+        rows = with_column(manifest.rows("train", ["image_id", "uri"]), pa.concat_tables(masks), "mask_uri")
+        artifact.folder.write_json(
+            "segmenter.json",
+            {
+                "model": settings.model.model_dump(mode="json"),
+                "classes": list(manifest.classes.names),
+                "base_px": trained_px(settings),
+            },
+        )
+        total = rows.num_rows * settings.optimiser.epochs
+        with context.progress.stage("train segmenter", total=total, unit="images") as bar:
+            result = train(
+                SegmenterTrainee(settings, manifest.classes.num_classes),
+                rows,
+                val_rows=None,
+                folder=artifact.folder,
+                optimiser=settings.optimiser,
+                compute=settings.compute,
+                rng_seed=experiment.rng_seed,
+                max_bad_frac=experiment.stream.max_bad_frac,
+                bar=bar,
+                on_metrics=lambda step, values: child.log_metrics(
+                    {f"train_segmenter/{key}": value for key, value in values.items()}, step
+                ),
+            )
+        log_model(context, manifest, artifact.folder)
+        return {
+            "num_images": result.num_images,
+            "images_per_s": result.images_per_s,
+            "peak_rss_bytes": result.peak_rss_bytes,
+            "num_bad": result.num_bad,
+            "bad": result.bad_rows,
+        }
+
+    return complete(
+        context,
+        name="segmenter",
+        stage="train_segmenter",
+        inputs={
+            "settings": settings.model_dump(mode="json", exclude={"compute": True, "optimiser": {"keep_checkpoints"}}),
+            "rng_seed": experiment.rng_seed,
+            "pseudo_masks": pseudo_masks.fingerprint,
+        },
+        work=work,
+    )
+
+
+def log_model(context: StageContext, manifest: Manifest, folder: Storage) -> None:
+    """Put the trained segmenter into MLflow, with signature and an input example."""
+    example = manifest.rows("train", columns=["uri"], limit=1)["uri"][0].as_py()
+    context.tracker.log_model(
+        state=folder.read_bytes("model.pt"),
+        settings=context.experiment.segmenter.model,
+        classes=manifest.classes,
+        base_px=context.experiment.predict.base_px or trained_px(context.experiment.segmenter),
+        scales=context.experiment.predict.scales,
+        flip=context.experiment.predict.flip,
+        example=read_uri(example),
+    )
+
+
+def trained_px(settings: SegmenterStageSettings) -> int:
+    """The middle of the short sides that training saw: what prediction brings images to unless told otherwise."""
+    return (settings.augment.resize_min_px + settings.augment.resize_max_px) // 2
+
+
+def load_segmenter(folder: Storage) -> tuple[Segmenter, ClassTable, int]:
+    """The trained segmenter of an output folder, in eval mode, its classes, and the short side it was trained for.
+
+    Raises ValueError when the folder holds none.
+    """
+    if not folder.exists("segmenter.json") or not folder.exists("model.pt"):
+        raise ValueError(
+            f"{folder.root}: no trained segmenter here (expected model.pt and segmenter.json); "
+            "give the folder `segmenter` of a finished run"
+        )
+    described = folder.read_json("segmenter.json")
+    settings = SegmenterSettings.model_validate_json(json.dumps(described["model"]))
+    settings = settings.model_copy(update={"backbone": settings.backbone.model_copy(update={"weights": "none"})})
+    model, _ = build_segmenter(settings, len(described["classes"]))
+    with folder.fetch("model.pt") as path:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return model.eval(), ClassTable(tuple(described["classes"])), described["base_px"]

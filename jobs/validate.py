@@ -1,0 +1,112 @@
+"""Validate a data set before a run: every problem of its lists and files at once, with file, row, rule and remedy."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+
+from cluster.progress import Progress
+from cluster.runtime import check_shared_storage
+from cluster.storage import Storage
+from cluster.streams import ShardSummary, StreamSettings, map_shards
+from jobs.importers import ImportSource, TableSource, open_source, problems
+from jobs.importers.problems import Problem, ProblemLog, format_problems
+from jobs.importers.rows import BadSource, ImportRow, RowCounts, checked_rows
+from jobs.importers.table_file import TABLE_SUFFIXES
+from jobs.manifest import Manifest, open_manifest, write_shards
+from jobs.prepare import RAW_SCHEMA, CheckMode, CheckWorker, PrepareSettings, to_raw
+
+__all__ = ["Problem", "format_problems", "validate"]
+
+_ROWS_PER_SHARD = 256
+
+
+def validate(
+    source: PrepareSettings | str,
+    *,
+    decode: bool = False,
+    stream: StreamSettings | None = None,
+    progress: Progress | None = None,
+    scratch: Storage | None = None,
+) -> list[Problem]:
+    """Every problem of a data set; an empty list says that it may be prepared.
+
+    source: the settings of `prepare`, a CSV or Parquet table, or the output of a run (its manifest). decode: read and
+    decode every image and mask, spread as `stream` says (Ray must run where it has actors); otherwise files need only
+    be there. scratch: an empty folder for passing files, needed on a cluster of several nodes; a temporary one where
+    None. Raises ValueError where `source` is neither a table nor holds a manifest.
+    """
+    try:
+        opened = _open(source)
+    except BadSource as error:
+        return [error.problem]
+    stream = stream or StreamSettings(num_actors=0)
+    stream = stream.model_copy(
+        update={"max_bad_frac": 1.0, "gpus_per_actor": 0.0, **({} if decode else {"num_actors": 0})}
+    )
+    mode: CheckMode = "full" if decode else "exists"
+    if scratch is not None:
+        return _validate(opened, scratch, mode, stream, progress or Progress())
+    with tempfile.TemporaryDirectory(prefix="subcat-validate-") as folder:
+        return _validate(opened, Storage(folder), mode, stream, progress or Progress())
+
+
+def _open(source: PrepareSettings | str) -> ImportSource:
+    if isinstance(source, PrepareSettings):
+        return open_source(source.source)
+    if source.endswith(TABLE_SUFFIXES):
+        return open_source(TableSource(path=source))
+    return _manifest_source(open_manifest(Storage(source)))
+
+
+def _validate(
+    source: ImportSource, scratch: Storage, mode: CheckMode, stream: StreamSettings, progress: Progress
+) -> list[Problem]:
+    """Lists first, then files: problems in this order."""
+    if stream.num_actors:
+        check_shared_storage(scratch)
+    log = ProblemLog()
+    with progress.stage("read lists", unit="rows") as bar:
+        rows = to_raw(checked_rows(source, log, RowCounts(source.classes)), bar)
+        shards = write_shards(scratch.child("raw"), rows, _ROWS_PER_SHARD, RAW_SCHEMA)
+    with progress.stage("check files", total=sum(shard.num_rows for shard in shards), unit="images") as bar:
+        summaries = map_shards(
+            CheckWorker,
+            {"classes": source.classes, "mode": mode},
+            inputs={"raw": scratch.child("raw")},
+            shards=[shard.name for shard in shards],
+            output=scratch.child("checked"),
+            settings=stream,
+            bar=bar,
+            stage="validate",
+        )
+    for summary in summaries:
+        _tell(summary, log)
+    return log.problems()
+
+
+def _tell(summary: ShardSummary, log: ProblemLog) -> None:
+    for bad, (file, row) in zip(summary.bad, summary.stats["places"], strict=True):
+        rule, _, message = bad.reason.partition(": ")
+        log.add(rule, message, file, row, bad.image_id)
+
+
+def _manifest_source(manifest: Manifest) -> ImportSource:
+    """A manifest as something to import, so that it is checked by the same rules."""
+
+    def rows(log: ProblemLog) -> Iterator[ImportRow]:
+        for shard in manifest.shards:
+            file = manifest.folder.uri(f"{shard.name}.parquet")
+            table = manifest.folder.read_table(f"{shard.name}.parquet")
+            for number, row in enumerate(table.to_pylist(), 1):
+                labels = tuple(row["labels"] or ())
+                unknown = [index for index in labels if not 0 <= index < manifest.classes.num_classes]
+                if unknown:
+                    message = (
+                        f"class_index {unknown} of {row['image_id']} is not in 0..{manifest.classes.num_classes - 1}"
+                    )
+                    log.add(problems.UNKNOWN_CLASS, message, file, number, row["image_id"])
+                    continue
+                yield ImportRow(row["image_id"], row["uri"], row["split"], labels, row["mask_uri"], file, number)
+
+    return ImportSource(manifest.classes, (), {}, rows, manifest.folder.uri())
