@@ -15,8 +15,8 @@ import torch
 import torchvision.models
 from pydantic import Field
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from subcat_core.freezing import TORCHVISION_STAGES, freeze_stages
 from subcat_core.settings import Settings
 from subcat_core.weights import LoadReport, ReadUri, StateDict, load_weights
 
@@ -31,7 +31,7 @@ LITE0_MEAN = (127.0, 127.0, 127.0)
 LITE0_STD = (128.0, 128.0, 128.0)
 
 _SURE_NETWORKS = "a network such as timm:tf_efficientnet_lite0, timm:resnet50 or timm:convnext_tiny"
-_TORCHVISION_STAGES = ("layer1", "layer2", "layer3", "layer4")
+_NO_MIDDLE = "leave cams.cam.affinity out, or take a ResNet or an EfficientNet"
 
 
 class BackboneSettings(Settings):
@@ -68,6 +68,7 @@ class Backbone(nn.Module):
     def __init__(self, net: nn.Module, name: str, num_features: int, output_stride: int) -> None:
         super().__init__()
         self.net = net
+        self.name = name
         self.num_features = num_features
         self.output_stride = output_stride
         self.mean, self.std = input_statistics(name)
@@ -76,6 +77,25 @@ class Backbone(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images: (N, 3, H, W) RGB 0..255, uint8 or float -> (N, D, h, w), h = ceil(H / output_stride) or so."""
         return cast(torch.Tensor, self.net(self.normalise(images)))
+
+    def forward_with_middle(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As forward, and the feature map (N, D', h', w') of the last stage that has stride 16 before dilation.
+
+        Raises ValueError where the network has no such stage, or one whose maps are not (N, D', h', w').
+        """
+        caught: list[torch.Tensor] = []
+        hook = self.net.get_submodule(_middle_stage(self.name)).register_forward_hook(
+            lambda module, inputs, output: caught.append(output)
+        )
+        try:
+            features = self(images)
+        finally:
+            hook.remove()
+        if len(caught) != 1 or caught[0].ndim != 4:
+            raise ValueError(
+                f"backbone {self.name!r}: its stage of stride 16 gives no maps of (N, D, h, w); {_NO_MIDDLE}"
+            )
+        return features, caught[0]
 
 
 def build_backbone(settings: BackboneSettings, *, read_uri: ReadUri | None = None) -> tuple[Backbone, LoadReport]:
@@ -169,66 +189,28 @@ def hub_state(name: str, enum: str) -> StateDict:
     return timm.models.load_state_dict_from_hf(config.hf_hub_id, weights_only=True)
 
 
-def freeze_batch_norm(module: nn.Module) -> None:
-    """Keep every batch norm below `module` as it is: in eval mode across `.train()` calls, its affine not trained."""
-    for layer in module.modules():
-        if isinstance(layer, _BatchNorm):
-            _hold(layer)
-            for parameter in layer.parameters():
-                parameter.requires_grad_(False)
-
-
-def _hold(layer: nn.Module) -> None:
-    """Eval mode for good: nn.Module.train() walks the tree through each child's `train`, so the child can refuse."""
-    layer.eval()
-    layer.train = functools.partial(_stay_in_eval, layer)  # type: ignore[method-assign]
-
-
-def _stay_in_eval(layer: nn.Module, mode: bool = True) -> nn.Module:
-    return layer
-
-
-def canonical(name: str) -> str:
-    """A tensor's name, whether or not its network was flattened: timm and its users write stages.0 or stages_0."""
-    return name.replace(".", "_")
-
-
-def freeze_stages(net: nn.Module, num_stages: int, backbone_name: str) -> None:
-    """Freeze the stem and the first `num_stages` stages; 0 freezes nothing. Raises ValueError when there are fewer.
-
-    No gradient flows back beyond the first trained stage, so what is frozen costs no backward pass and no memory for
-    one.
-    """
-    if num_stages == 0:
-        return
+@functools.lru_cache(maxsize=16)
+def _middle_stage(backbone_name: str) -> str:
+    """Name of the last module of stride 16 in the network as published; a dilated one counts further modules to it."""
     library, network = split_name(backbone_name)
     if library == "torchvision":
-        stages = [("conv1", "bn1"), *((name,) for name in _TORCHVISION_STAGES)]
-        groups = [[name for name, _ in net.named_parameters() if name.startswith(stage)] for stage in stages]
-    else:
-        with torch.device("meta"):  # parts of networks, as encoders are, do not know their stages
-            whole = timm.create_model(network, pretrained=False, num_classes=0)
-        matched = timm.models.group_parameters(whole, whole.group_matcher(coarse=True))  # type: ignore[operator]
-        groups = [matched[index] for index in sorted(matched)]
-    if num_stages >= len(groups):
-        raise ValueError(f"frozen_stages = {num_stages}, but the backbone has {len(groups) - 1} stages; give fewer")
-    frozen = {canonical(name) for group in groups[: num_stages + 1] for name in group}
-    for name, parameter in net.named_parameters():
-        if canonical(name) in frozen:
-            parameter.requires_grad_(False)
-    for prefix, layer in net.named_modules():
-        if isinstance(layer, _BatchNorm) and canonical(f"{prefix}.weight") in frozen:
-            _hold(layer)
+        return "layer3"
+    with torch.device("meta"):
+        known = getattr(timm.create_model(network, pretrained=False, num_classes=0), "feature_info", [])
+    names = [info["module"] for info in getattr(known, "info", known) if info["reduction"] == 16]
+    if not names:
+        raise ValueError(f"backbone {backbone_name!r} tells of no stage of stride 16; {_NO_MIDDLE}")
+    return str(names[-1])
 
 
 def _torchvision_net(name: str, output_stride: int) -> tuple[nn.Module, int]:
     """A ResNet up to its last stage, under torchvision's tensor names."""
     resnet = torchvision.models.get_model(name, weights=None)
     num_features = resnet.fc.in_features
-    parts = ("conv1", "bn1", "relu", "maxpool", *_TORCHVISION_STAGES)
+    parts = ("conv1", "bn1", "relu", "maxpool", *TORCHVISION_STAGES)
     net = nn.Sequential(OrderedDict((part, getattr(resnet, part)) for part in parts))
     dilation = 1
-    for stage, stride in zip(_TORCHVISION_STAGES[1:], (8, 16, 32), strict=True):
+    for stage, stride in zip(TORCHVISION_STAGES[1:], (8, 16, 32), strict=True):
         if stride > output_stride:
             dilation *= 2
             _dilate(getattr(net, stage), dilation)

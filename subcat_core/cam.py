@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ import torch
 from pydantic import Field
 from torch.nn import functional as F
 
+from subcat_core.cam_affinity import AffinitySettings, spread_maps
 from subcat_core.classes import BACKGROUND, to_class_ids
 from subcat_core.classifier import Classifier
 from subcat_core.settings import Settings
@@ -30,9 +32,11 @@ class CamSettings(Settings):
     max_px: int | None = Field(default=1024, ge=8)
     """Long side at scale 1 is brought down to this; bounds time and memory for large pictures."""
     grid_stride_px: int = Field(default=4, ge=1)
-    """Pixels of the image to one cell of the map that is kept."""
+    """Pixels of the image, brought down to max_px, to one cell of the map that is kept."""
     pass_px: int = Field(default=500_000, ge=1)
     """Pixels in one forward pass, flips counted: bounds memory; a GPU takes ten times as many."""
+    affinity: AffinitySettings | None = None
+    """Spread the maps over cells of like features (cam_affinity.py); none: the maps as they are, as in the paper."""
     bf16: bool = False
     """Autocast to bfloat16: twice as fast on GPUs and on CPUs with AVX512_BF16 or AMX, slower on others; maps differ by
     about 0.01."""
@@ -46,7 +50,15 @@ def compute_cam(
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
     """Maps of one image, as `compute_cams`: (H, W, 3) uint8 RGB -> (n, ceil(H/4), ceil(W/4)) float32 of 0..1."""
-    return compute_cams(classifier, [image], [class_indices], settings, device)[0]
+    return compute_cams(classifier, [image], [class_indices], settings, device)[0].maps
+
+
+@dataclasses.dataclass(frozen=True)
+class Cam:
+    """maps: (n, h, w) float32 of 0..1. plain: the same before `affinity` spread them; maps itself without affinity."""
+
+    maps: np.ndarray
+    plain: np.ndarray
 
 
 def compute_cams(
@@ -55,12 +67,12 @@ def compute_cams(
     class_indices: Sequence[Sequence[int]],
     settings: CamSettings,
     device: torch.device | str = "cpu",
-) -> list[np.ndarray]:
+) -> list[Cam]:
     """Maps of several images; equal sizes share forward passes (padding would change what the borders see).
 
     images: (H, W, 3) uint8 RGB. class_indices: the n present classes of each image. classifier: in eval mode, on
-    `device`. Returns one (n, ceil(H / grid_stride_px), ceil(W / grid_stride_px)) float32 an image, each class divided
-    by its maximum + 1e-5.
+    `device`. Returns one (n, ceil(H / grid_stride_px), ceil(W / grid_stride_px)) float32 an image (of the size that
+    max_px leaves it), each class divided by its maximum + 1e-5.
 
     Chang et al. 2020, equation 1 and section 4.1 (authors' code: every view of all classes is brought to full size,
     multiplied by the labels and summed). Sums of linear maps may change places, so here a mirrored pair is added at
@@ -76,15 +88,16 @@ def compute_cams(
     groups: dict[tuple[int, ...], list[int]] = {}
     for position, image in enumerate(images):
         groups.setdefault(image.shape, []).append(position)
-    cams: list[np.ndarray] = [np.zeros((0, 0, 0), np.float32)] * len(images)
+    cams: dict[int, Cam] = {}
     for positions in groups.values():
         union = sorted({index for position in positions for index in class_indices[position]})
         batch = torch.from_numpy(np.stack([images[position] for position in positions])).permute(0, 3, 1, 2)
-        summed = _sum_views(classifier, batch, union, settings, torch.device(device))
+        summed, spread = _sum_views(classifier, batch, union, settings, torch.device(device))
         row_of = {class_index: row for row, class_index in enumerate(union)}
-        for position, maps in zip(positions, summed, strict=True):
-            cams[position] = normalise_cam(maps[[row_of[index] for index in class_indices[position]]])
-    return cams
+        for position, plain, maps in zip(positions, summed, spread, strict=True):
+            rows = [row_of[index] for index in class_indices[position]]
+            cams[position] = Cam(normalise_cam(maps[rows]), normalise_cam(plain[rows]))
+    return [cams[position] for position in range(len(images))]
 
 
 def normalise_cam(cam: np.ndarray) -> np.ndarray:
@@ -97,33 +110,63 @@ def normalise_cam(cam: np.ndarray) -> np.ndarray:
 @torch.inference_mode()
 def _sum_views(
     classifier: Classifier, images: torch.Tensor, class_indices: list[int], settings: CamSettings, device: torch.device
-) -> np.ndarray:
-    """images: (N, 3, H, W) uint8 -> (N, n, grid height, grid width) float32: the sum over all views."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """images: (N, 3, H, W) uint8 -> (N, n, grid height, grid width) float32: the sum over all views, plain and spread.
+
+    The features that maps are spread by are those of the scale nearest to 1, not mirrored.
+    """
     num_images, _, height, width = images.shape
-    grid = (math.ceil(height / settings.grid_stride_px), math.ceil(width / settings.grid_stride_px))
+    grid = _grid(height, width, settings)
     total = torch.zeros((num_images, len(class_indices), *grid), device=device)
     if not class_indices:
-        return total.cpu().numpy()
+        return total.cpu().numpy(), total.cpu().numpy()
     images = images.to(device)
+    scale_of_middle = min(settings.scales, key=lambda scale: abs(scale - 1)) if settings.affinity else None
+    middle: list[torch.Tensor] = []
     pass_px = settings.pass_px * (10 if device.type == "cuda" else 1)
     sizes = view_sizes(height, width, settings.scales, settings.base_px, settings.max_px)
-    for view_height, view_width in sizes:
+    for scale, (view_height, view_width) in zip(settings.scales, sizes, strict=True):
         for part in passes(num_images, view_height * view_width * (1 + settings.flip), pass_px):
             view = resize_batch(images[part], view_height, view_width)
-            maps = _maps(classifier, view, class_indices, settings)
+            maps, features = _maps(classifier, view, class_indices, settings, with_middle=scale == scale_of_middle)
             total[part] += F.interpolate(maps, grid, mode="bilinear", align_corners=False)
-    return total.cpu().numpy()
+            if features is not None:
+                middle += features.unbind()
+    plain = total.cpu().numpy().copy()  # on the CPU numpy() shares memory, and total changes below
+    if settings.affinity is None:
+        return plain, plain
+    for position, features in enumerate(middle):
+        cells = spread_maps(total[position], features, settings.affinity)
+        total[position] = F.interpolate(cells[None], grid, mode="bilinear", align_corners=False)[0]
+    return plain, total.cpu().numpy()
 
 
-def _maps(classifier: Classifier, view: torch.Tensor, class_indices: list[int], settings: CamSettings) -> torch.Tensor:
-    """(N, n, h, w) float32 at the network's resolution: the view, and its mirror image turned back, in one pass."""
+def _grid(height: int, width: int, settings: CamSettings) -> tuple[int, int]:
+    """Cells of the map of an image: of its size, or of what max_px leaves of it, for the network sees no more."""
+    [(height, width)] = view_sizes(height, width, (1.0,), None, settings.max_px)
+    return math.ceil(height / settings.grid_stride_px), math.ceil(width / settings.grid_stride_px)
+
+
+def _maps(
+    classifier: Classifier, view: torch.Tensor, class_indices: list[int], settings: CamSettings, *, with_middle: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(N, n, h, w) float32 at the network's resolution: the view, and its mirror image turned back, in one pass.
+
+    with_middle: also the straight view's features (N, D', h', w') at stride 16.
+    """
     both = torch.cat([view, view.flip(3)]) if settings.flip else view
+    both = both.contiguous(memory_format=torch.channels_last)
+    middle = None
     with torch.autocast(view.device.type, torch.bfloat16, enabled=settings.bf16):
-        maps = classifier.parent_maps(both.contiguous(memory_format=torch.channels_last), class_indices)
+        if with_middle:
+            maps, middle = classifier.parent_maps_and_middle(both, class_indices)
+            middle = middle[: len(view)]
+        else:
+            maps = classifier.parent_maps(both, class_indices)
     if not settings.flip:
-        return maps
+        return maps, middle
     straight, mirrored = maps.chunk(2)
-    return straight + mirrored.flip(3)
+    return straight + mirrored.flip(3), middle
 
 
 def upsample_cam(cam: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -138,6 +181,7 @@ def cam_to_labels(cam: np.ndarray, class_indices: Sequence[int], threshold: floa
     """The strongest class of each pixel where it exceeds `threshold`, else background; ties go to the lower row.
 
     cam: (n, H, W) of 0..1 -> (H, W) uint8. The authors' argmax over {constant threshold, classes}.
+    The plain version that `metrics.ThresholdSweep` and `make_pseudo_mask` are tested against.
     """
     if not len(cam):
         return np.full(cam.shape[1:], BACKGROUND, np.uint8)

@@ -104,12 +104,6 @@ def to_class_ids(class_indices: Sequence[int] | np.ndarray) -> np.ndarray:
     return (np.asarray(class_indices, np.int64) + 1).astype(np.uint8)
 
 
-def to_class_indices(class_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-    """class_id 1..C -> class_index 0..C-1 (int64); background and ignore are dropped."""
-    ids = np.asarray(class_ids, np.int64)
-    return ids[(ids != BACKGROUND) & (ids != IGNORE)] - 1
-
-
 def multi_hot(labels: Sequence[int] | np.ndarray, num_classes: int) -> np.ndarray:
     """(C,) float32 of 0 and 1 from a list of class_index."""
     target = np.zeros(num_classes, np.float32)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from subcat_core.backbones import Backbone, freeze_batch_norm
+from subcat_core.backbones import Backbone
 from subcat_core.schedule import parameter_groups
 
-__all__ = ["Classifier", "ClassifierOutput", "freeze_batch_norm"]
+__all__ = ["Classifier", "ClassifierOutput"]
 
 
 class ClassifierOutput(NamedTuple):
@@ -37,6 +37,8 @@ class Classifier(nn.Module):
                 f"got {num_classes} classes and {num_clusters} clusters; expected at least 1 and at least 0"
             )
         self.backbone = backbone
+        self.weights_account = ""
+        """What was loaded into the backbone, in a line (`LoadReport.summary`)."""
         self.num_features = backbone.num_features
         self.num_classes = num_classes
         self.num_clusters = num_clusters
@@ -65,12 +67,22 @@ class Classifier(nn.Module):
 
         Raises ValueError for a class_index outside 0..C-1.
         """
+        return self._maps_of(self.backbone(images), class_indices)
+
+    def parent_maps_and_middle(
+        self, images: torch.Tensor, class_indices: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`parent_maps`, and the backbone's feature map at stride 16 (`Backbone.forward_with_middle`)."""
+        features, middle = self.backbone.forward_with_middle(images)
+        return self._maps_of(features, class_indices), middle
+
+    def _maps_of(self, features: torch.Tensor, class_indices: Sequence[int]) -> torch.Tensor:
         wrong = [index for index in class_indices if not 0 <= index < self.num_classes]
         if wrong:
             raise ValueError(f"got class_index {wrong[0]}; expected 0 to {self.num_classes - 1}")
         index = torch.as_tensor(list(class_indices), dtype=torch.long, device=self.parent_head.weight.device)
         weight = self.parent_head.weight[index][:, :, None, None]
-        return F.relu(F.conv2d(self.backbone(images), weight)).float()
+        return F.relu(F.conv2d(features, weight)).float()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Backbone weights 1x, biases 2x without decay, heads 10x (they have no bias)."""

@@ -58,9 +58,7 @@ def contour_lines(regions: np.ndarray) -> np.ndarray:
     return lines
 
 
-def mask_overlay(
-    image: np.ndarray, mask: np.ndarray, palette: Sequence[Colour], alpha: float = 0.6, *, outline: bool = True
-) -> np.ndarray:
+def mask_overlay(image: np.ndarray, mask: np.ndarray, palette: Sequence[Colour], alpha: float = 0.6) -> np.ndarray:
     """A mask over its image: background stays as it is, classes are tinted and outlined, IGNORE is hatched pale.
 
     image: (H, W, 3) uint8. mask: (H, W) uint8 class ids, 0 background, 255 IGNORE. palette: (C + 1) RGB by class_id.
@@ -82,14 +80,8 @@ def mask_overlay(
     tinted = ((mask != BACKGROUND) & (mask != IGNORE)) | hatched
     blend = np.where(tinted, np.float32(alpha), np.float32(0.0))[..., None]
     result = image * (1.0 - blend) + table[mask] * blend
-    if outline:
-        result[contour_lines(mask)] = (255.0, 255.0, 255.0)
+    result[contour_lines(mask)] = (255.0, 255.0, 255.0)
     return np.rint(result).astype(np.uint8)
-
-
-def mask_picture(mask: np.ndarray, palette: Sequence[Colour]) -> np.ndarray:
-    """A mask alone in the colours of its classes. mask: (H, W) uint8 class ids. Returns (H, W, 3) uint8."""
-    return mask_overlay(np.zeros((*mask.shape, 3), np.uint8), mask, palette, 1.0, outline=False)
 
 
 def cam_overlay(image: np.ndarray, cam: np.ndarray, alpha: float = 0.75, *, level: float | None = None) -> np.ndarray:

@@ -18,12 +18,11 @@ from subcat_core.backbones import (
     BackboneSettings,
     InputNormalisation,
     build_backbone,
-    canonical,
-    freeze_stages,
     input_statistics,
     split_name,
 )
 from subcat_core.classes import IGNORE
+from subcat_core.freezing import canonical, freeze_stages
 from subcat_core.losses import global_mean
 from subcat_core.schedule import parameter_groups
 from subcat_core.settings import Settings
@@ -43,6 +42,7 @@ class SegmenterSettings(Settings):
     architecture: Literal["deeplabv2", "deeplabv3plus"] = "deeplabv2"
     """deeplabv2: the paper's. deeplabv3plus: of segmentation_models_pytorch; finer borders, output stride 8 or 16."""
     backbone: BackboneSettings = BackboneSettings()
+    """The network below the head; output stride 8 or 16, for 32 is too coarse for masks."""
     rates: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Dilations of the ASPP; none: DeepLab-v2's 6, 12, 18, 24 and DeepLabV3+'s 12, 24, 36 at output stride 8, and
     half of them at 16, which sees as far."""
@@ -70,6 +70,8 @@ class Segmenter(nn.Module):
     """backbone: what carries pretrained weights; heads: what starts from random values and learns ten times as fast."""
 
     backbone: nn.Module
+    weights_account: str = ""
+    """What was loaded into the backbone, in a line (`LoadReport.summary`)."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images: (N, 3, H, W) RGB 0..255, uint8 or float -> logits (N, C+1, h, w); row 0 is background."""
@@ -210,6 +212,9 @@ def segmentation_loss(logits: torch.Tensor, masks: torch.Tensor, weight: torch.T
     return global_mean((terms * valid).sum(), valid.sum())
 
 
+_STRIP_VALUES = 2**22  # of one map of all classes over a strip of rows: 16 MB
+
+
 @torch.inference_mode()
 def predict_mask(
     segmenter: Segmenter,
@@ -228,37 +233,56 @@ def predict_mask(
 
     image: (H, W, 3) uint8 RGB. base_px: short side that scale 1 is brought to (None: its own); max_px: its long side
     at most. allowed_class_ids: tags, as class ids; all other classes but background get probability 0. crf: settings
-    of our dense CRF, or any function (probability, image) -> probability. Returns mask (H, W) uint8 class ids and
-    probability (C+1, H, W) float32 that sums to 1. Raises ValueError in training mode
-    and for tags outside 1..C.
+    of our dense CRF, or any function (probability (C+1, H, W) float32 that sums to 1, image) -> probability. Returns
+    mask (H, W) uint8 class ids and confidence (H, W) float32, the probability of the class in the mask. Without a CRF,
+    maps of all classes are never held at the image's size, but at that of the logits, and for a strip of rows. Raises
+    ValueError in training mode and for tags outside 1..C.
     """
     if segmenter.training:
         raise ValueError("got a segmenter in training mode; call segmenter.eval() first")
     device = torch.device(device)
     height, width = image.shape[:2]
     pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None]
-    total: torch.Tensor | None = None
+    views: list[torch.Tensor] = []
     for view_height, view_width in view_sizes(height, width, scales, base_px, max_px):
         view = resize_batch(pixels, view_height, view_width)
         both = torch.cat([view, view.flip(3)]) if flip else view
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = segmenter(both.contiguous(memory_format=torch.channels_last)).float()
-        for row, mirrored in enumerate((False, True)[: len(both)]):
-            straight = logits[row : row + 1].flip(3) if mirrored else logits[row : row + 1]
-            part = F.interpolate(straight, (height, width), mode="bilinear", align_corners=False)[0].softmax(dim=0)
-            total = part if total is None else total.add_(part)
-    assert total is not None
-    if allowed_class_ids is not None:
-        wrong = [class_id for class_id in allowed_class_ids if not 1 <= class_id < len(total)]
-        if wrong:
-            raise ValueError(f"got class id {wrong[0]} among the tags; expected 1 to {len(total) - 1}")
-        keep = torch.zeros(len(total), device=device)
-        keep[[0, *allowed_class_ids]] = 1.0
-        total = total * keep[:, None, None]
-    probability = (total / total.sum(dim=0, keepdim=True)).cpu().numpy()
-    if crf is not None:
-        probability = _refined(probability, image, crf)
-    return probability.argmax(axis=0).astype(np.uint8), probability
+        views += [logits[0], *(mirrored.flip(2) for mirrored in logits[1:])]
+    num_outputs = len(views[0])
+    allowed = range(1, num_outputs) if allowed_class_ids is None else allowed_class_ids
+    wrong = [class_id for class_id in allowed if not 1 <= class_id < num_outputs]
+    if wrong:
+        raise ValueError(f"got class id {wrong[0]} among the tags; expected 1 to {num_outputs - 1}")
+    keep = torch.zeros(num_outputs, 1, 1, device=device)
+    keep[[0, *allowed]] = 1.0
+    probability = None if crf is None else np.empty((num_outputs, height, width), np.float32)
+    mask, confidence = np.empty((height, width), np.uint8), np.empty((height, width), np.float32)
+    num_rows = max(1, _STRIP_VALUES // (num_outputs * width))
+    for top in range(0, height, num_rows):
+        rows = slice(top, min(top + num_rows, height))
+        total = sum(_upsampled_rows(view, height, width, rows).softmax(dim=0) for view in views) * keep
+        strip = total / total.sum(dim=0, keepdim=True)
+        if probability is not None:
+            probability[:, rows] = strip.cpu().numpy()
+        else:
+            best, ids = strip.max(dim=0)
+            mask[rows], confidence[rows] = ids.cpu().numpy(), best.cpu().numpy()
+    if crf is None or probability is None:
+        return mask, confidence
+    probability = _refined(probability, image, crf)
+    return probability.argmax(axis=0).astype(np.uint8), probability.max(axis=0)
+
+
+def _upsampled_rows(logits: torch.Tensor, height: int, width: int, rows: slice) -> torch.Tensor:
+    """Some rows of logits (C+1, h, w) brought to (H, W) bilinearly, as F.interpolate gives them, up to rounding."""
+    last = logits.shape[1] - 1
+    places = (torch.arange(rows.start, rows.stop, device=logits.device) + 0.5) * ((last + 1) / height) - 0.5
+    places = places.clamp(0, last)
+    above = places.long()
+    lines = torch.lerp(logits[:, above], logits[:, (above + 1).clamp(max=last)], (places - above)[:, None])
+    return F.interpolate(lines[None], (lines.shape[1], width), mode="bilinear", align_corners=False)[0]
 
 
 def _refined(probability: np.ndarray, image: np.ndarray, crf: CrfSettings | Refine) -> np.ndarray:

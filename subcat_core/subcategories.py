@@ -1,4 +1,4 @@
-"""From cluster ids to the training targets of the sub-category head, and back.
+"""From cluster ids to the training targets of the sub-category head.
 
 Legend: C parent classes, K sub-categories in each. Sub-category index = class_index * K + cluster_id, so a class owns a
 contiguous block of K outputs (Chang et al. 2020, section 3.2; layout of the authors' code).
@@ -22,13 +22,6 @@ def to_index(class_index: int, cluster_id: int, num_clusters: int) -> int:
     return class_index * num_clusters + cluster_id
 
 
-def from_index(index: int, num_clusters: int) -> tuple[int, int]:
-    """Sub-category index 0..C*K-1 -> (class_index, cluster_id)."""
-    if index < 0:
-        raise ValueError(f"sub-category index is {index}, expected 0 or above; use the index that to_index returns")
-    return divmod(index, num_clusters)
-
-
 def subcategory_targets(
     labels: Sequence[int] | np.ndarray, cluster_ids: Sequence[int] | np.ndarray, num_classes: int, num_clusters: int
 ) -> np.ndarray:
@@ -49,9 +42,3 @@ def subcategory_targets(
             )
         target[to_index(int(class_index), int(cluster_id), num_clusters)] = 1.0
     return target
-
-
-def targets_to_clusters(target: np.ndarray, num_clusters: int) -> tuple[np.ndarray, np.ndarray]:
-    """(C*K,) of 0 and 1 -> (class_index ascending, cluster_ids), both (n,) int64; undoes subcategory_targets."""
-    class_indices, cluster_ids = np.divmod(np.flatnonzero(np.asarray(target) > 0), num_clusters)
-    return class_indices, cluster_ids

@@ -17,11 +17,11 @@ from subcat_core.backbones import (
     BackboneSettings,
     OutputStride,
     build_backbone,
-    freeze_batch_norm,
     hub_state,
     input_statistics,
     split_name,
 )
+from subcat_core.freezing import freeze_batch_norm
 
 
 def build(name: str, output_stride: OutputStride = 16, **options: int) -> Backbone:

@@ -88,7 +88,7 @@ def test_batches_of_mixed_sizes_agree_with_single_images(classifier: Classifier,
     images = [photo(rng, *size) for size in sizes]
     present = [[0], [1, 2], [], [4, 0]]
     settings = CamSettings(scales=(1.0, 0.75), pass_px=2 * 2 * 48 * 64)
-    together = compute_cams(classifier, images, present, settings, CPU)
+    together = [cam.maps for cam in compute_cams(classifier, images, present, settings, CPU)]
     for image, classes, cam in zip(images, present, together, strict=True):
         assert cam.shape == (len(classes), image.shape[0] // 4, image.shape[1] // 4)
         np.testing.assert_allclose(cam, compute_cam(classifier, image, classes, settings, CPU), atol=1e-5)
@@ -145,7 +145,7 @@ def test_base_px_and_max_px_bound_the_views(classifier: Classifier, rng: np.rand
     image = photo(rng, 96, 128)
     small = resize_batch(torch.from_numpy(image).permute(2, 0, 1)[None], 48, 64)[0].permute(1, 2, 0).numpy()
     expected = plain_cam(classifier, small, [1], CamSettings(scales=(1.0,), grid_stride_px=2))
-    for limit in ({"base_px": 48}, {"max_px": 64}):
+    for limit in ({"base_px": 48}, {"max_px": 64, "grid_stride_px": 2}):  # the grid follows max_px alone
         settings = CamSettings(scales=(1.0,), **limit)
         np.testing.assert_allclose(compute_cam(classifier, image, [1], settings, CPU), expected, atol=1e-5)
 

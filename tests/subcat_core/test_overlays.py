@@ -66,11 +66,6 @@ def test_mask_overlay_names_foreign_ids_and_sizes(image: np.ndarray) -> None:
         overlays.mask_overlay(image, np.zeros((30, 20), np.uint8), PALETTE)
 
 
-def test_mask_picture_is_the_palette() -> None:
-    mask = np.array([[0, 1, 2]], np.uint8)
-    assert overlays.mask_picture(mask, PALETTE).tolist() == [[list(PALETTE[0]), list(PALETTE[1]), list(PALETTE[2])]]
-
-
 def test_cam_overlay_shows_the_image_at_zero_and_the_colour_at_one() -> None:
     grey = np.full((4, 6, 3), 100, np.uint8)
     cam = np.zeros((4, 6), np.float32)

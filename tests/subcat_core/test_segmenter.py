@@ -12,6 +12,7 @@ import torch
 import torchvision.models
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from subcat_core.backbones import BackboneSettings, OutputStride
 from subcat_core.classes import IGNORE
@@ -168,32 +169,77 @@ def test_nothing_to_learn_gives_zero_loss_and_zero_gradient(weight: torch.Tensor
 def test_prediction_by_hand() -> None:
     image = np.zeros((6, 9, 3), np.uint8)
     image[:, 3:6, 0], image[:, 6:, 1] = 255, 255
-    mask, probability = predict_mask(Colours().eval(), image, scales=(1.0,), flip=True)
+    mask, confidence = predict_mask(Colours().eval(), image, scales=(1.0,), flip=True)
     np.testing.assert_array_equal(mask, np.tile([0, 0, 0, 1, 1, 1, 2, 2, 2], (6, 1)))
-    assert (mask.dtype, probability.dtype) == (np.uint8, np.float32)
-    np.testing.assert_allclose(probability.sum(axis=0), 1, atol=1e-6)
+    assert (mask.dtype, confidence.dtype) == (np.uint8, np.float32)
+    # Logits of 10, 0, 0 on black, and of 10 beside 20 and 0 on a bright colour.
+    np.testing.assert_allclose(confidence[:, :3], 1 / (1 + 2 * math.exp(-10)), rtol=1e-6)
+    np.testing.assert_allclose(confidence[:, 3:], 1 / (1 + math.exp(-10) + math.exp(-20)), rtol=1e-6)
     tagged, _ = predict_mask(Colours().eval(), image, allowed_class_ids=[2])
     np.testing.assert_array_equal(tagged, np.tile([0, 0, 0, 0, 0, 0, 2, 2, 2], (6, 1)))
 
 
-def test_prediction_agrees_with_the_plain_version(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("size", [(40, 56), (7, 61), (203, 5)])  # logits of 3 x 4, 1 x 4 and 13 x 1 cells
+@pytest.mark.parametrize("tags", [None, [1, 3]])
+def test_prediction_agrees_with_the_plain_version(
+    rng: np.random.Generator, size: tuple[int, int], tags: list[int] | None
+) -> None:
     model = build("deeplabv2").eval()
-    image = rng.integers(0, 256, (40, 56, 3), dtype=np.uint8)
-    _, probability = predict_mask(model, image, scales=(1.0,), flip=True)
+    image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     with torch.inference_mode():
-        straight = F.interpolate(model(pixels), (40, 56), mode="bilinear")[0].softmax(dim=0)
-        mirrored = F.interpolate(model(pixels.flip(3)), (40, 56), mode="bilinear")[0].softmax(dim=0).flip(2)
-    np.testing.assert_allclose(probability, ((straight + mirrored) / 2).numpy(), atol=1e-5)
+        straight = F.interpolate(model(pixels), size, mode="bilinear")[0].softmax(dim=0)
+        mirrored = F.interpolate(model(pixels.flip(3)), size, mode="bilinear")[0].softmax(dim=0).flip(2)
+    expected = ((straight + mirrored) / 2).numpy()
+    if tags:
+        expected[2] = 0
+        expected /= expected.sum(axis=0)
+    mask, confidence = predict_mask(model, image, scales=(1.0,), flip=True, allowed_class_ids=tags)
+    np.testing.assert_allclose(confidence, expected.max(axis=0), atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(expected, mask[None].astype(int), 0)[0], confidence, atol=1e-5)
+    given = []
+    predict_mask(
+        model, image, allowed_class_ids=tags, crf=lambda probability, _: given.append(probability) or probability
+    )
+    np.testing.assert_allclose(given[0], expected[[0, 1, 3] if tags else slice(None)], atol=1e-5)
+
+
+@pytest.mark.parametrize("rows_per_strip", [1, 2, 7, 39])
+def test_a_border_of_strips_changes_nothing(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, rows_per_strip: int
+) -> None:
+    model = build("deeplabv2").eval()
+    image = rng.integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    mask, confidence = predict_mask(model, image, scales=(1.0, 0.5))
+    monkeypatch.setattr("subcat_core.segmenter._STRIP_VALUES", 4 * 56 * rows_per_strip)
+    in_strips = predict_mask(model, image, scales=(1.0, 0.5))
+    np.testing.assert_array_equal(in_strips[0], mask)
+    np.testing.assert_allclose(in_strips[1], confidence, rtol=1e-6)  # torch's softmax rounds the end of a block anew
+
+
+def test_no_map_of_all_classes_has_the_size_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subcat_core.segmenter._STRIP_VALUES", 3 * 300 * 10)
+    sizes: list[int] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.is_floating_point():
+                sizes.append(result.numel())
+            return result
+
+    with Watch():
+        predict_mask(Colours().eval(), np.zeros((400, 300, 3), np.uint8), max_px=40)
+    assert sizes
+    assert max(sizes) <= max(3 * 300 * 10, 2 * 3 * 40 * 30)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("size", [(1, 1), (33, 50)])
 def test_prediction_has_the_images_size(architecture: Architecture, size: tuple[int, int]) -> None:
     image = np.full((*size, 3), 90, np.uint8)
-    mask, probability = predict_mask(build(architecture).eval(), image, scales=(1.0, 0.5), base_px=32)
-    assert mask.shape == size
-    assert probability.shape == (4, *size)
+    mask, confidence = predict_mask(build(architecture).eval(), image, scales=(1.0, 0.5), base_px=32)
+    assert mask.shape == confidence.shape == size
     assert mask.max() <= 3
 
 
@@ -205,10 +251,10 @@ def test_prediction_refines_only_classes_with_a_chance() -> None:
         return probability[::-1] / probability.sum(axis=0)
 
     image = np.zeros((4, 4, 3), np.uint8)
-    mask, probability = predict_mask(Colours().eval(), image, allowed_class_ids=[2], crf=refine)
+    mask, confidence = predict_mask(Colours().eval(), image, allowed_class_ids=[2], crf=refine)
     assert given == [((2, 4, 4), (4, 4, 3))]
     assert (mask == 2).all()  # this refinement swaps background and class 2
-    assert (probability[1] == 0).all()
+    np.testing.assert_allclose(confidence, 1 / (1 + math.exp(-10)), rtol=1e-6)
 
 
 def test_prediction_refuses_training_mode() -> None:
