@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import logging
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,7 @@ class Artifact:
     """One output folder of one stage, with what it is made from.
 
     storage: the run's. name: the folder below it ("rounds/00/features"). inputs: JSON-able; the stage name, its
-    settings (`model_dump(mode="json")`) and the fingerprints of the artifacts it reads. strict_code: refuse, and not
-    only warn, where the source files have changed since the output was made.
+    settings (`model_dump(mode="json")`) and the fingerprints of the artifacts it reads.
 
         artifact = Artifact(storage, "rounds/00/features", {"stage": ..., "settings": ..., "manifest": ...})
         if not artifact.is_complete():
@@ -56,13 +56,12 @@ class Artifact:
             artifact.commit({"num_images": 640})
     """
 
-    def __init__(self, storage: Storage, name: str, inputs: Mapping[str, Any], *, strict_code: bool = False) -> None:
+    def __init__(self, storage: Storage, name: str, inputs: Mapping[str, Any]) -> None:
         self.storage = storage
         self.name = name
         self.folder = storage.child(name)
         self.inputs: dict[str, Any] = json.loads(json.dumps(dict(inputs), allow_nan=False))
         self.fingerprint = fingerprint(self.inputs)
-        self._strict_code = strict_code
 
     def is_complete(self) -> bool:
         """Whether the output is there, whole, and of these inputs.
@@ -80,18 +79,40 @@ class Artifact:
         return False
 
     def begin(self) -> None:
-        """Record the inputs before the first output, so that a half-done folder tells what it is of."""
+        """Record the inputs before the first output, so that a half-done folder tells what it is of.
+
+        What lies in a folder without that record is of unknown inputs (a deletion was interrupted, say) and goes;
+        StorageError where the folder is the root of a storage, which may hold what is not ours.
+        """
         started = self._read(STARTED)
         if started is not None:
             self._check(started, "a half-done output")
             return
-        self.folder.write_json(STARTED, self._record() | {"started_at": _now()})
+        if self.name:
+            self.storage.delete_tree(self.name)
+        elif any(name.startswith("part-") for name in self.folder.list_names()):
+            raise StorageError(
+                f"{self.folder.uri()} holds part-* files and no {STARTED} that tells what they are of; "
+                "choose another output folder, or delete them"
+            )
+        self.folder.write_json(STARTED, self._record() | {"started_at": _now(), "making": secrets.token_hex(8)})
 
     def commit(self, stats: Mapping[str, Any]) -> None:
         """Write the marker: from here on the output counts as whole. stats: JSON-able, for tables and reports."""
         started = self._read(STARTED) or {}
         times = {"started_at": started.get("started_at"), "finished_at": _now()}
-        self.folder.write_json(MARKER, self._record() | times | {"stats": dict(stats)})
+        output = {"output": fingerprint([self.fingerprint, started.get("making")])}
+        self.folder.write_json(MARKER, self._record() | output | times | {"stats": dict(stats)})
+
+    @property
+    def output_fingerprint(self) -> str:
+        """Of the finished output, for the inputs of what reads it: another one once the output is deleted and made
+        anew, so that nothing made from the old one counts as made from the new. StorageError where it is not complete.
+        """
+        marker = self._read(MARKER)
+        if marker is None:
+            raise StorageError(f"{self.folder.uri(MARKER)}: the stage is not complete; run it first")
+        return str(marker["output"])
 
     def stats(self) -> dict[str, Any]:
         """What `commit` was given; StorageError where the output is not complete."""
@@ -122,10 +143,11 @@ class Artifact:
         made_by = record.get("code_version")
         if made_by == code_version():
             return
-        text = f"{self.folder.uri()} holds {what} of code version {made_by}, and this is {code_version()}"
-        if self._strict_code:
-            raise ArtifactMismatch(f"{text}; choose another output folder, or delete this one to make it anew")
-        logger.warning("%s; it is used as it is (delete it to make it anew)", text)
+        # No error: the digest covers every source file, and a mended docstring should not cost a finished run.
+        logger.warning(
+            "%s holds %s of code version %s, and this is %s; it is used as it is (delete it to make it anew)",
+            *(self.folder.uri(), what, made_by, code_version()),
+        )
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:

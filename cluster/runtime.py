@@ -29,6 +29,7 @@ _QUIET = {
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_maximum_startup_concurrency": "64",  # else it warns of the few processes of a small machine
     "PYTHONWARNINGS": "ignore",
 }
 

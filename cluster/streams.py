@@ -8,7 +8,7 @@ import functools
 import json
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = ["BadRow", "ShardError", "ShardOutput", "ShardSummary", "StreamSetting
 _MAX_DEATHS = 3  # of one actor's process that are mended by a new one, before the stage gives up
 _MAX_NAMED_ROWS = 5
 _SUMMARY_THREADS = 16
+_SUMMARIES_AHEAD = 256
 
 
 class StreamSettings(Settings):
@@ -98,18 +99,29 @@ def map_shards(
     bar: StageBar | None = None,
     stage: str = "stage",
     columns: Mapping[str, list[str]] | None = None,
+    fold: Callable[[ShardSummary], None] | None = None,
 ) -> list[ShardSummary]:
     """Run a worker over every shard and return the summaries, in the order of `shards`.
 
     worker_class(**worker_kwargs) is built once an actor and called once a shard with one table for each of `inputs`
     (folder -> its part-*.parquet of the shard's name; columns: which of its columns). The table it returns is written
     to the output folder, then the summary, so a shard whose summary is there is whole and skipped. bar counts the rows
-    of the first input.
+    of the first input. fold: called once with each summary, those of an earlier run too, in any order; it takes what it
+    needs of the stats, which are then dropped, so that the driver's memory does not grow with large ones.
 
     ShardError where a worker fails, ValueError where more than max_bad_frac of the rows are bad; those shards are then
     forgotten, and read again by the next run.
     """
-    done = _finished(output, shards)
+    done: dict[str, ShardSummary] = {}
+
+    def keep(summary: ShardSummary) -> None:
+        if fold is not None:
+            fold(summary)
+            summary = dataclasses.replace(summary, stats={})
+        done[summary.name] = summary
+
+    for summary in _finished(output, shards):
+        keep(summary)
     if bar is not None and done:
         bar.skip(sum(summary.num_inputs for summary in done.values()))
     todo = [name for name in shards if name not in done]
@@ -120,7 +132,7 @@ def map_shards(
     num_bad = sum(len(summary.bad) for summary in done.values())
     with contextlib.closing(results):
         for summary in results:
-            done[summary.name] = summary
+            keep(summary)
             num_bad += len(summary.bad)
             if bar is not None:
                 bar.advance(summary.num_inputs)
@@ -182,13 +194,14 @@ class ShardTask:
         return summary
 
 
-def _finished(output: Storage, shards: Sequence[str]) -> dict[str, ShardSummary]:
+def _finished(output: Storage, shards: Sequence[str]) -> Iterator[ShardSummary]:
     """Summaries of the shards that an earlier run has written: one listing of the stage's own folder."""
     there = set(output.list_names())
     names = [name for name in shards if f"{name}.json" in there]
     with ThreadPoolExecutor(_SUMMARY_THREADS) as pool:
-        records = pool.map(lambda name: output.read_json(f"{name}.json"), names)
-        return {name: ShardSummary.from_json(record) for name, record in zip(names, records, strict=True)}
+        for start in range(0, len(names), _SUMMARIES_AHEAD):
+            records = pool.map(lambda name: output.read_json(f"{name}.json"), names[start : start + _SUMMARIES_AHEAD])
+            yield from map(ShardSummary.from_json, records)
 
 
 def _run_here(task: Callable[[], ShardTask], shards: Sequence[str]) -> Generator[ShardSummary]:

@@ -58,6 +58,7 @@ class Tracker:
 
     `with Tracker(settings, storage, name) as tracker:` The run ids stand in OUT/tracking.json, so that a resumed run
     goes on in the same MLflow runs. What an outage keeps from the server waits in memory and follows when it answers.
+    Nothing is opened before there is something to tell: a call that is refused leaves the runs of an earlier one alone.
     """
 
     def __init__(self, settings: TrackingSettings, storage: Storage, run_name: str) -> None:
@@ -67,15 +68,16 @@ class Tracker:
         self._outages = Outages("MLflow", _worded)
         self._client: TrackingClient | None = None
         self._run_ids: dict[str, str] = {}
+        self._opened = False
+        self._first: list[Callable[[], None]] = []
 
     def __enter__(self) -> Tracker:
-        self.record(_PARENT, "open the run", lambda client, run_id: None)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.settings.enabled:
+        if not self.settings.enabled or (kind is not None and not self._opened):
             return
         status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
         self.record(_PARENT, "close the run", lambda client, run_id: client.end_run(run_id, status))
@@ -109,9 +111,22 @@ class Tracker:
         finally:
             self.record(child.key, "close a stage's run", lambda client, run_id: client.end_run(run_id, status))
 
-    def log_config(self, flattened: Mapping[str, str]) -> None:
-        """Dotted key -> value, as parameters of the parent run; what a resumed run changed: tags `changed.KEY`."""
-        self._parent().log_params(flattened)
+    def log_config(self, flattened: Mapping[str, str], command: str = "") -> None:
+        """Dotted key -> value, as parameters of the parent run; what a resumed run changed: tags `changed.KEY`.
+
+        command: the command line, kept as command.txt. Both are logged once the run has something else to tell.
+        """
+        kept = dict(flattened)
+
+        def log() -> None:
+            self._parent().log_params(kept)
+            if command:
+                self._parent().log_text("command.txt", command)
+
+        if self._opened:
+            log()
+        else:
+            self._first.append(log)
 
     def log_metrics(self, values: Mapping[str, float | None], step: int | None = None) -> None:
         """Metrics of the parent run; see ChildRun.log_metrics."""
@@ -139,8 +154,8 @@ class Tracker:
         """The segmenter as an MLflow model with signature: encoded images in, indexed PNG masks out, no tags asked for.
 
         state: bytes of `torch.save` of its state dict. settings: SegmenterSettings. example: one encoded image, the
-        model's input example. base_px, scales, flip: as PredictSettings. Returns the model's URI; None where it could
-        not be logged, and then the warning says why.
+        model's input example. base_px, scales, flip: as PredictSettings. Returns the model's URI; None where it is
+        not logged yet: it waits with the rest until the server answers.
         """
         if not self.settings.enabled:
             return None
@@ -152,14 +167,22 @@ class Tracker:
             "flip": flip,
         }
         files = {"model.pt": state, "segmenter.json": json.dumps(described, indent=2).encode()}
-        return self._outages.attempt(
-            "log the model", lambda: self._connected().log_model(self._run_id(_PARENT), files, example)
+        logged: list[str] = []
+        self.record(
+            _PARENT, "log the model", lambda client, run_id: logged.append(client.log_model(run_id, files, example))
         )
+        return logged[0] if logged else None
 
     def record(self, key: str, what: str, call: Callable[[TrackingClient, str], object]) -> None:
         """Do call(client, run_id) for the run of a key: now, or when the server is back."""
-        if self.settings.enabled:
-            self._outages.enqueue(what, lambda: call(self._connected(), self._run_id(key)))
+        if not self.settings.enabled:
+            return
+        if not self._opened:
+            self._opened = True
+            self.record(_PARENT, "open the run", lambda client, run_id: None)
+            for log in self._first:
+                log()
+        self._outages.enqueue(what, lambda: call(self._connected(), self._run_id(key)))
 
     def _parent(self) -> ChildRun:
         return ChildRun(self, _PARENT)

@@ -11,7 +11,7 @@ from timm.layers import convert_sync_batchnorm
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.trainee import OptimiserSettings, TrainContext
-from subcat_core.backbones import freeze_batch_norm
+from subcat_core.freezing import freeze_batch_norm
 
 
 def choose_precision(precision: str, device: torch.device, model: torch.nn.Module) -> torch.dtype:

@@ -9,7 +9,8 @@ from torch import nn
 
 from cluster.trainee import OptimiserSettings, TrainContext
 from cluster.training_device import place_model, synchronise_batch_norm
-from subcat_core.backbones import BackboneSettings, freeze_batch_norm
+from subcat_core.backbones import BackboneSettings
+from subcat_core.freezing import freeze_batch_norm
 from subcat_core.segmenter import SegmenterSettings, build_segmenter
 
 
