@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,23 @@ import ray
 import ray.data
 
 from cluster.runtime import peak_rss_bytes
-from cluster.shard_dispatch import FEATURE_COLUMNS, DispatchedShard, ShardFile, ShardPlan, Work, image_rows
+from cluster.shard_dispatch import (
+    FEATURE_COLUMNS,
+    DispatchedShard,
+    ShardFile,
+    ShardPlan,
+    Work,
+    check_memory,
+    image_rows,
+)
 from cluster.storage import Storage, StorageError
 from cluster.streams import StreamSettings
 from subcat_core.kmeans import KMeansResult
 
 logger = logging.getLogger("subcat")
 
+_DEATHS = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+_FILES_AT_ONCE = 4  # in one reading task
 _READING_CPUS = 1.0  # kept free of actors, or the tasks that feed them would wait for ever
 
 
@@ -37,19 +47,22 @@ def with_actors(
 ) -> KMeansResult:
     """Run `work` over a dispatcher of one actor for each part; from the start again, up to `attempts`, when one dies.
 
-    holder_class: what an actor runs, as feature_shards.FaissShard. Errors of the rows come out as ValueError.
+    holder_class: what an actor runs, as feature_shards.FaissShard. Errors of the rows come out as ValueError, those of
+    their files as StorageError.
     """
     for attempt in range(1, attempts + 1):
         try:
             with _actor_pool(holder_class, parts, plan, stream) as pool:
-                cache_bytes = sum(pool.call("reserve"))
+                reservations = pool.call("reserve")
+                check_memory(reservations)
+                cache_bytes = sum(reservation.cache_bytes for reservation in reservations)
                 logger.info("k-means caches %.2f GB of features in %d actors", cache_bytes / 1e9, len(parts))
                 _feed(features, parts, pool)
                 pool.call("finish")
                 result = work(DispatchedShard(pool.call, plan.num_blocks))
                 peak = max(peak_rss_bytes(), *pool.call("peak_rss"))
                 return dataclasses.replace(result, peak_rss_bytes=peak)
-        except ray.exceptions.RayActorError as error:
+        except _DEATHS as error:
             if attempt == attempts:
                 raise RuntimeError(
                     f"an actor that holds feature rows died {attempts} times ({str(error).splitlines()[0]}); "
@@ -98,35 +111,53 @@ def _cpus_per_actor(num_actors: int, stream: StreamSettings) -> float:
     return int(fair * 100) / 100 if fair < 1 else float(int(fair))
 
 
-@dataclasses.dataclass
-class _Push:
-    """A Ray Data step that hands each block's rows to the owners of their files."""
+_FEED_ERRORS: dict[str, Callable[[str], Exception]] = {
+    "rows": ValueError,
+    "file": StorageError,
+    "death": lambda text: ray.exceptions.RayActorError(error_msg=text),
+}
 
+
+@dataclasses.dataclass
+class _Feeder:
+    """A Ray Data step that reads feature shards and hands their rows to the owners of the files.
+
+    Errors come back as values, of a kind of _FEED_ERRORS: Ray Data loses the class of an error that is raised.
+    """
+
+    features: Storage
     owners: dict[str, Any]
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        names = [PurePosixPath(path).name.removesuffix(".parquet") for path in table["path"].to_pylist()]
-        codes, groups = np.unique(np.array(names, np.str_), return_inverse=True)
-        pushed = []
-        for code, name in enumerate(codes.tolist()):
-            rows = image_rows(name, table.take(np.flatnonzero(groups == code)))
-            pushed.append(self.owners[name].add.remote(name, rows))
-        return pa.table({"num_rows": pa.array(ray.get(pushed), pa.int64())})
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """batch: names of shards; returns what became of each."""
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+            return pa.Table.from_pylist(list(pool.map(self._feed, batch["name"].to_pylist())))
+
+    def _feed(self, name: str) -> dict[str, Any]:
+        num_rows, kind, text = 0, "", ""
+        try:
+            rows = image_rows(name, self.features.read_table(f"{name}.parquet", columns=FEATURE_COLUMNS))
+            num_rows = ray.get(self.owners[name].add.remote(name, rows))
+        except _DEATHS as error:
+            kind, text = "death", str(error)
+        except StorageError as error:
+            kind, text = "file", str(error)
+        except ValueError as error:
+            kind, text = "rows", str(error)
+        return {"num_rows": num_rows, "kind": kind, "text": text}
 
 
 def _feed(features: Storage, parts: Sequence[Sequence[ShardFile]], pool: _ActorPool) -> None:
     """Read all files by Ray Data; rows go from the reading tasks to the actors, the driver sees numbers of rows."""
     owners = {file.name: actor for files, actor in zip(parts, pool.actors, strict=True) for file in files}
-    located = [features.arrow_filesystem(f"{name}.parquet") for name in owners]
-    dataset = ray.data.read_parquet(
-        [path for _, path in located], filesystem=located[0][0], columns=FEATURE_COLUMNS, include_paths=True
+    fed = ray.data.from_items([{"name": name} for name in owners]).map_batches(
+        _Feeder(features, owners), batch_size=_FILES_AT_ONCE, batch_format="pyarrow"
     )
-    pushed = dataset.map_batches(_Push(owners), batch_size=None, batch_format="pyarrow")
-    try:
-        num_rows = sum(row["num_rows"] for row in pushed.iter_rows())
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ray.exceptions.RayActorError):
-            raise error.cause from error
-        reason = str(error.cause or error).strip().splitlines()[-1]
-        raise StorageError(f"{features.uri()}: reading the feature shards failed ({reason}); run again") from error
+    num_rows = 0
+    batches: Any = iter(fed.iter_batches(batch_size=None, batch_format="pyarrow"))
+    with contextlib.closing(batches):  # or the tasks of a feeding that failed would go on
+        for row in (row for batch in batches for row in batch.to_pylist()):
+            if row["kind"]:
+                raise _FEED_ERRORS[row["kind"]](row["text"])
+            num_rows += row["num_rows"]
     logger.debug("fed %d rows to %d actors", num_rows, len(pool.actors))

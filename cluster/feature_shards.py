@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,12 +17,21 @@ import faiss
 import numpy as np
 import psutil
 import pyarrow as pa
-import pyarrow.parquet as pq
+import ray
 
 from cluster.feature_actors import with_actors
 from cluster.runtime import peak_rss_bytes
-from cluster.shard_dispatch import FEATURE_COLUMNS, DispatchedShard, ShardFile, ShardPlan, feature_dimension, image_rows
-from cluster.storage import Storage, StorageError
+from cluster.shard_dispatch import (
+    FEATURE_COLUMNS,
+    DispatchedShard,
+    Reservation,
+    ShardFile,
+    ShardPlan,
+    check_memory,
+    feature_dimension,
+    image_rows,
+)
+from cluster.storage import Storage
 from cluster.streams import StreamSettings
 from subcat_core.block_shard import BlockShard, check_dimensions
 from subcat_core.feature_blocks import FeatureBlock, ImageRows, Nearest, nearest_numba
@@ -29,7 +39,6 @@ from subcat_core.kmeans import KMeansResult, KMeansSettings, OnPass, kmeans
 
 logger = logging.getLogger("subcat")
 
-_FREE_MEMORY_FRAC = 0.8
 _FOOTER_THREADS = 16
 _ATTEMPTS = 2
 
@@ -41,6 +50,7 @@ class FaissSearch:
         """Turns off, for this process, faiss's BLAS path: its last bits depend on the number of rows and threads."""
         faiss.cvar.distance_compute_blas_threshold = 2**30
         self._gpu: Any = None
+        self._gpu_lock = threading.Lock()
         if use_gpu and getattr(faiss, "get_num_gpus", lambda: 0)() > 0:
             self._gpu = faiss.StandardGpuResources()
         elif use_gpu:
@@ -49,7 +59,8 @@ class FaissSearch:
     def __call__(self, rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
         """(n,) int32: the nearest of centroids (K, D) for rows (n, D), float32; ties go to the lower id on the CPU."""
         if self._gpu is not None:
-            return faiss.knn_gpu(self._gpu, rows, centroids, 1)[1][:, 0].astype(np.int32)
+            with self._gpu_lock:  # faiss: one StandardGpuResources serves one thread at a time
+                return faiss.knn_gpu(self._gpu, rows, centroids, 1)[1][:, 0].astype(np.int32)
         return faiss.knn(rows, centroids, 1)[1][:, 0].astype(np.int32)
 
 
@@ -64,17 +75,12 @@ class FaissShard:
         self._error: ValueError | None = None
         self._shard: BlockShard | None = None
 
-    def reserve(self) -> int:
-        """Bytes the cache will take; raises ValueError when this machine has not got them."""
+    def reserve(self) -> Reservation:
+        """What the cache will take of which node's memory."""
         item_bytes = np.dtype(self._plan.settings.stored_dtype).itemsize
         cache_bytes = sum(file.num_rows * file.dimension for file in self._files.values()) * item_bytes
-        free_bytes = psutil.virtual_memory().available
-        if cache_bytes > free_bytes * _FREE_MEMORY_FRAC:
-            raise ValueError(
-                f"k-means needs {cache_bytes / 1e9:.1f} GB here to cache {len(self._files)} feature shards, and "
-                f"{free_bytes / 1e9:.1f} GB are free; use kmeans.stored_dtype = 'float16', or more nodes and actors"
-            )
-        return cache_bytes
+        node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else "this machine"
+        return Reservation(node_id, len(self._files), cache_bytes, psutil.virtual_memory().available)
 
     def add(self, name: str, rows: ImageRows) -> int:
         """Take rows of a file, copied. Rows that come twice (a retried reading) count once. Errors wait for finish."""
@@ -192,7 +198,7 @@ def cluster_features(
         parts = split_files(files, stream.num_actors)
         return with_actors(FaissShard, features, parts, plan, stream, work, attempts=_ATTEMPTS)
     holder = FaissShard(files, plan)
-    holder.reserve()
+    check_memory([holder.reserve()])
     for file in files:
         table = features.read_table(f"{file.name}.parquet", columns=FEATURE_COLUMNS)
         holder.add(file.name, image_rows(file.name, table))
@@ -214,13 +220,8 @@ def list_files(features: Storage, shard_names: Sequence[str]) -> list[ShardFile]
 
 def _footer(features: Storage, name: str) -> tuple[int, int]:
     """(number of rows, D) of a file."""
-    filesystem, path = features.arrow_filesystem(f"{name}.parquet")
-    try:
-        with pq.ParquetFile(path, filesystem=filesystem) as file:
-            return file.metadata.num_rows, feature_dimension(name, file.schema_arrow)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise StorageError(f"{path}: missing, truncated or not Parquet ({reason}); extract this shard again") from error
+    num_rows, schema = features.read_footer(f"{name}.parquet")
+    return num_rows, feature_dimension(name, schema)
 
 
 def split_files(files: Sequence[ShardFile], num_parts: int) -> list[list[ShardFile]]:

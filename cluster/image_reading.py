@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.storage import StorageError, read_uri
+from cluster.storage import MissingFileError, read_uri
 from subcat_core.images import ImageError, decode_image
 
 
@@ -27,8 +27,9 @@ class BadRow:
 def iter_images(rows: pa.Table, num_threads: int = 4) -> Iterator[tuple[dict[str, Any], np.ndarray | BadRow]]:
     """Read and decode the images of a table with image_id and uri, in its order.
 
-    Yields (row, image (H, W, 3) uint8 RGB), or (row, BadRow) where the bytes cannot be read or decoded. A small pool of
-    threads works ahead by at most 2 * num_threads images, so memory does not grow with the table.
+    Yields (row, image (H, W, 3) uint8 RGB), or (row, BadRow) where there is no file, or none that can be decoded. A
+    small pool of threads works ahead by at most 2 * num_threads images, so memory does not grow with the table.
+    Raises StorageError where the storage itself fails: that says nothing of the image.
     """
     waiting: collections.deque[tuple[dict[str, Any], Future]] = collections.deque()
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="images")
@@ -49,5 +50,5 @@ def iter_images(rows: pa.Table, num_threads: int = 4) -> Iterator[tuple[dict[str
 def _read_image(row: dict[str, Any]) -> np.ndarray | BadRow:
     try:
         return decode_image(read_uri(row["uri"]))
-    except (StorageError, ImageError) as error:
+    except (MissingFileError, ImageError) as error:
         return BadRow(row["image_id"], row["uri"], " ".join(str(error).split()))

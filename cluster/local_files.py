@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -27,12 +27,17 @@ class LocalFiles:
             return Path(path).read_bytes()
 
     def write_bytes(self, path: str, data: bytes) -> None:
-        self._write(path, lambda temporary: _write_all(temporary, data))
-
-    def upload(self, path: str, source: Path) -> None:
-        with _clear_errors("read", str(source)):
-            source.stat()
-        self._write(path, lambda temporary: _copy(source, temporary))
+        """By a temporary file in the same folder, then a rename: readers see the old file or the whole new one."""
+        target = Path(path)
+        temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+        with _clear_errors("write", path):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                _write_all(temporary, data)
+                temporary.replace(target)
+            finally:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def fetch(self, path: str) -> Iterator[Path]:
@@ -66,19 +71,6 @@ class LocalFiles:
                 return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
         return []
 
-    def _write(self, path: str, fill: Callable[[Path], None]) -> None:
-        """Fill a temporary file in the same folder, then rename: readers see the old file or the whole new one."""
-        target = Path(path)
-        temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
-        with _clear_errors("write", path):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                fill(temporary)
-                temporary.replace(target)
-            finally:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
-
 
 def is_temporary(name: str) -> bool:
     """Whether a file name is one of a write that has not ended, or never will."""
@@ -90,13 +82,6 @@ def _write_all(path: Path, data: bytes) -> None:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _copy(source: Path, target: Path) -> None:
-    with source.open("rb") as reader, target.open("xb") as writer:
-        shutil.copyfileobj(reader, writer, 1 << 20)
-        writer.flush()
-        os.fsync(writer.fileno())
 
 
 _REASONS = {

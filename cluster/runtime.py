@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import resource
 import secrets
 import sys
@@ -21,6 +22,7 @@ from subcat_core.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("subcat_core", "cluster", "jobs")
+_NEEDLESS = "PYTHON worker processes have been started"  # advice for clusters, told of the few of a small machine
 _SPARE_CPUS = 4  # logical: actors never hold them all, or Ray Data's and Ray Train's own tasks starve
 _QUIET = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # what the C++ half tells on stderr also comes as Python errors, where it matters
@@ -29,7 +31,6 @@ _QUIET = {
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_maximum_startup_concurrency": "64",  # else it warns of the few processes of a small machine
     "PYTHONWARNINGS": "ignore",
 }
 
@@ -145,6 +146,9 @@ def _check(settings: ClusterSettings, address: str | None) -> None:
 
 def _init(settings: ClusterSettings, address: str | None, variables: Mapping[str, str], verbose: bool) -> None:
     level = logging.INFO if verbose else logging.ERROR
+    if not verbose:
+        with contextlib.suppress(ImportError, AttributeError):  # not public; without it a line too many is shown
+            ray._private.ray_logging.stdout_deduplicator.skip_re = re.compile(_NEEDLESS)
     logging.getLogger("ray._private.authentication").setLevel(level)  # it announces its default at each start
     if address is None:
         num_cpus = settings.num_cpus or max(_num_cores(), 4) + _SPARE_CPUS

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from subcat_core.feature_blocks import ImageRows
 from subcat_core.kmeans import Assignment, FarRows, KMeansResult, KMeansSettings, Sample, TableSink
 
 FEATURE_COLUMNS = ["image_id", "labels", "feature"]
+_FREE_MEMORY_FRAC = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,29 @@ class ShardPlan:
     settings: KMeansSettings
     num_threads: int = 1
     use_gpu: bool = False
+
+
+class Reservation(NamedTuple):
+    """What one holder's cache will take, and what its node has free before any of them is filled."""
+
+    node_id: str
+    num_files: int
+    cache_bytes: int
+    free_bytes: int
+
+
+def check_memory(reservations: Sequence[Reservation]) -> None:
+    """ValueError where the caches of all holders on one node take more than _FREE_MEMORY_FRAC of what it has free."""
+    for node_id in dict.fromkeys(reservation.node_id for reservation in reservations):
+        here = [reservation for reservation in reservations if reservation.node_id == node_id]
+        cache_bytes = sum(reservation.cache_bytes for reservation in here)
+        free_bytes = min(reservation.free_bytes for reservation in here)
+        if cache_bytes > free_bytes * _FREE_MEMORY_FRAC:
+            raise ValueError(
+                f"k-means needs {cache_bytes / 1e9:.1f} GB on one node ({node_id}) to cache "
+                f"{sum(reservation.num_files for reservation in here)} feature shards, and {free_bytes / 1e9:.1f} GB "
+                "are free there; use kmeans.stored_dtype = 'float16', or more nodes and actors"
+            )
 
 
 class DispatchedShard:

@@ -14,13 +14,14 @@ from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from cluster.local_files import LocalFiles, MissingFileError, StorageError
 from cluster.s3_requests import S3_SCHEME, call_s3
 
 __all__ = ["MissingFileError", "Storage", "StorageError", "read_uri"]
+
+_FOOTER_BYTES = 2**16  # asked for at once: a footer is smaller
 
 
 class _S3Objects:
@@ -31,11 +32,6 @@ class _S3Objects:
 
     def write_bytes(self, path: str, data: bytes) -> None:
         call_s3(_s3_filesystem(), "write", path, lambda fs: fs.pipe_file(path, data))
-
-    def upload(self, path: str, source: Path) -> None:
-        if not source.is_file():
-            raise MissingFileError(f"{source}: cannot read: no such file; check the path")
-        call_s3(_s3_filesystem(), "write", path, lambda fs: fs.put_file(str(source), path))
 
     @contextlib.contextmanager
     def fetch(self, path: str) -> Iterator[Path]:
@@ -182,10 +178,20 @@ class Storage:
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, StorageError):
                 raise
-            reason = str(error).splitlines()[0]
-            raise StorageError(
-                f"{path}: truncated, not Parquet or of other types ({reason}); delete it and run the stage again"
-            ) from error
+            raise _broken_table(path, error) from error
+
+    def read_footer(self, name: str) -> tuple[int, pa.Schema]:
+        """(number of rows, schema) of a Parquet file, without reading its rows; errors as `read_table`."""
+        backend, path = self._at(name)
+        try:
+            if path.startswith(S3_SCHEME):
+                return call_s3(_s3_filesystem(), "read", path, lambda fs: _s3_footer(fs, path))
+            backend.size(path)
+            return _footer(path)
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, StorageError):
+                raise
+            raise _broken_table(path, error) from error
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write one Parquet file, zstd-compressed, atomically."""
@@ -199,18 +205,6 @@ class Storage:
         backend, path = self._at(name)
         with backend.fetch(path) as local:
             yield local
-
-    def upload_file(self, name: str, path: str | Path) -> None:
-        """Copy a local file into the storage, atomically."""
-        backend, target = self._at(name)
-        backend.upload(target, Path(path))
-
-    def arrow_filesystem(self, name: str = "") -> tuple[pafs.FileSystem, str]:
-        """(file system, path in it) for Ray Data and Ray Train; S3 goes through s3fs, so settings are read once."""
-        path = self.uri(name)
-        if path.startswith(S3_SCHEME):
-            return pafs.PyFileSystem(pafs.FSSpecHandler(_s3_filesystem())), path.removeprefix(S3_SCHEME)
-        return pafs.LocalFileSystem(), path
 
     def check_writable(self) -> None:
         """Write and delete a small file, so that a run fails at its start and not at its first output."""
@@ -241,6 +235,23 @@ def _absolute(location: str) -> str:
     if "://" in location or not location:
         raise ValueError(f"storage {location!r} is of no known kind; give a path, file:// or s3://bucket/prefix")
     return os.path.normpath(Path(location).expanduser().absolute())
+
+
+def _broken_table(path: str, error: Exception) -> StorageError:
+    reason = str(error).splitlines()[0]
+    return StorageError(
+        f"{path}: truncated, not Parquet or of other types ({reason}); delete it and run the stage again"
+    )
+
+
+def _s3_footer(filesystem: Any, path: str) -> tuple[int, pa.Schema]:
+    with filesystem.open(path, "rb", block_size=_FOOTER_BYTES) as stream:
+        return _footer(stream)
+
+
+def _footer(source: Any) -> tuple[int, pa.Schema]:
+    with pq.ParquetFile(source) as file:
+        return file.metadata.num_rows, file.schema_arrow
 
 
 def _s3_filesystem() -> Any:

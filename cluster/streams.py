@@ -277,8 +277,9 @@ def _check_bad(summaries: Iterable[ShardSummary], max_bad_frac: float, output: S
             output.delete(f"{summary.name}.json")
     named = "; ".join(f"{row.image_id} ({row.uri}): {row.reason}" for row in bad[:_MAX_NAMED_ROWS])
     more = f"; and {len(bad) - _MAX_NAMED_ROWS} more" if len(bad) > _MAX_NAMED_ROWS else ""
+    key = f"{'prepare' if stage == 'prepare' else 'stream'}.max_bad_frac"
     raise ValueError(
-        f"{stage}: {len(bad)} of {num_inputs} images are bad, more than stream.max_bad_frac = {max_bad_frac:g} allows: "
+        f"{stage}: {len(bad)} of {num_inputs} images are bad, more than {key} = {max_bad_frac:g} allows: "
         f"{named}{more}; mend or remove them, or raise the limit"
     )
 

@@ -132,10 +132,6 @@ class Tracker:
         """Metrics of the parent run; see ChildRun.log_metrics."""
         self._parent().log_metrics(values, step)
 
-    def log_artifact_text(self, name: str, text: str) -> None:
-        """A text file of the parent run, such as "report.html"."""
-        self._parent().log_text(name, text)
-
     def log_image(self, name: str, png: bytes) -> None:
         """A picture of the parent run."""
         self._parent().log_image(name, png)

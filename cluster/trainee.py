@@ -20,6 +20,7 @@ class OptimiserSettings(Settings):
     """SGD with momentum and a polynomial learning rate, and how often results are kept."""
 
     epochs: int = Field(default=15, ge=1)
+    """Passes over the training images (15 in PSA's recipe for the classifier; SC-CAM's code plans 61)."""
     batch_size: int = Field(default=16, ge=1)
     """Images of one step over all workers together; split evenly, so it must be a multiple of num_workers."""
     learning_rate: float = Field(default=0.01, gt=0)
@@ -27,14 +28,18 @@ class OptimiserSettings(Settings):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Real SGD momentum. (The 0.9 called momentum in the authors' code is the polynomial power.)"""
     weight_decay: float = Field(default=5e-4, ge=0)
+    """L2 penalty on weights; biases have none (value of the authors' code)."""
     poly_power: float = Field(default=0.9, ge=0)
     """Learning rate at step t of T: learning_rate * (1 - t / T) ** poly_power."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 means autocast with float32 weights. auto: bf16 where it is faster, see `choose_precision`."""
     channels_last: bool = True
+    """Memory order of images and convolutions: by default the faster one (docs/performance.md); results differ by
+    rounding."""
     freeze_batch_norm: bool = True
     """Keep the backbone's batch norm at its pretrained statistics and scales; other layers still learn."""
     keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints that stay, one an epoch; a training goes on from the last, and the other is a spare."""
     validate_every: int | None = Field(default=None, ge=1)
     """Epochs between validations; null validates once, after the last epoch."""
 
@@ -48,7 +53,10 @@ class TrainComputeSettings(Settings):
     num_workers: int = Field(default=0, ge=0)
     """Ray Train workers, one rank each; 0 trains in this process, without Ray."""
     cpus_per_worker: float = Field(default=1.0, ge=0)
+    """Logical CPUs that one Ray worker holds: what Ray books, not how many threads run (see threads_per_worker)."""
     gpus_per_worker: float = Field(default=0.0, ge=0)
+    """GPUs that one Ray worker holds; 0 trains on the CPU. In this process (num_workers = 0) a GPU is used if there is
+    one."""
     max_failures: int = Field(default=3, ge=0)
     """How often lost workers are replaced before the training fails."""
     input: Literal["loader", "ray"] = "loader"

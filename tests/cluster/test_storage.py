@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import pickle
 import subprocess
@@ -13,12 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from cluster import s3_requests
 from cluster.storage import MissingFileError, Storage, StorageError, read_uri
-from tests.conftest import S3_BUCKET
+from tests.conftest import S3_BUCKET, mounted_disk
 
 TABLE = pa.table({"image_id": ["a", "b"], "value": pa.array([1, 2], pa.int32())})
 SCHEMA = pa.schema([("image_id", pa.string()), ("value", pa.int64())])
@@ -83,7 +80,7 @@ def test_delete(storage: Storage) -> None:
 
 def test_missing_files_name_the_uri(storage: Storage) -> None:
     storage.write_bytes("there", b"x")
-    for call in (storage.read_bytes, storage.size, storage.read_json, storage.read_table):
+    for call in (storage.read_bytes, storage.size, storage.read_json, storage.read_table, storage.read_footer):
         with pytest.raises(MissingFileError) as caught:
             call("not/there")
         assert str(caught.value).startswith(storage.uri("not/there") + ": cannot read: no such")
@@ -101,6 +98,7 @@ def test_json(storage: Storage) -> None:
 def test_tables(storage: Storage) -> None:
     storage.write_table("t/part-00000.parquet", TABLE)
     assert storage.read_table("t/part-00000.parquet") == TABLE
+    assert storage.read_footer("t/part-00000.parquet") == (2, TABLE.schema)
     assert storage.read_table("t/part-00000.parquet", columns=["value", "image_id"]).column_names == [
         "value",
         "image_id",
@@ -116,25 +114,18 @@ def test_tables(storage: Storage) -> None:
 def test_truncated_parquet_names_the_file(storage: Storage, keep: int) -> None:
     storage.write_table("t.parquet", TABLE)
     storage.write_bytes("t.parquet", storage.read_bytes("t.parquet")[:keep])
-    with pytest.raises(StorageError, match=r"t\.parquet: truncated, not Parquet") as caught:
-        storage.read_table("t.parquet")
-    assert "\n" not in str(caught.value)
+    for read in (storage.read_table, storage.read_footer):
+        with pytest.raises(StorageError, match=r"t\.parquet: truncated, not Parquet") as caught:
+            read("t.parquet")
+        assert "\n" not in str(caught.value)
 
 
-def test_fetch_upload_and_arrow(storage: Storage, tmp_path: Path) -> None:
-    source = tmp_path / "source.bin"
-    source.write_bytes(b"weights" * 1000)
-    storage.upload_file("models/m.pt", source)
+def test_fetch(storage: Storage) -> None:
+    storage.write_bytes("models/m.pt", b"weights" * 1000)
     with storage.fetch("models/m.pt") as local:
-        assert local.read_bytes() == source.read_bytes()
-    assert storage.read_bytes("models/m.pt") == source.read_bytes()
+        assert local.read_bytes() == b"weights" * 1000
     with pytest.raises(MissingFileError), storage.fetch("models/none.pt"):
         pass
-    storage.write_table("t.parquet", TABLE)
-    filesystem, path = storage.arrow_filesystem("t.parquet")
-    assert pq.read_table(path, filesystem=filesystem) == TABLE
-    with pytest.raises(OSError, match=r"nothing-here"):
-        storage.upload_file("models/x.pt", tmp_path / "nothing-here")
 
 
 def test_pickles_small_and_works_in_another_process(storage: Storage) -> None:
@@ -180,26 +171,16 @@ def names(folder: Path) -> list[str]:
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 kB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a tmpfs needs root")
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a tmpfs is not allowed here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True, capture_output=True)
+    with mounted_disk(tmp_path / "tiny", "256k") as folder:
+        yield folder
 
 
-def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tiny_disk: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tiny_disk: Path) -> None:
     storage = Storage(str(tiny_disk / "out"))
     storage.write_bytes("kept", b"old")
-    big = tmp_path / "big"
-    big.write_bytes(bytes(1 << 20))
     table = pa.table({"x": np.random.default_rng(0).random(1 << 17)})
     for write in (
         lambda: storage.write_bytes("kept", bytes(1 << 20)),
-        lambda: storage.upload_file("kept", big),
         lambda: storage.write_table("kept", table),
     ):
         with pytest.raises(StorageError) as caught:
@@ -314,27 +295,3 @@ def test_an_endpoint_that_does_not_answer(s3_server: str) -> None:
     assert "x: cannot read: failed 5 times, last with: Could not connect to the endpoint URL" in shown
     assert shown.splitlines()[0].endswith("check the S3 endpoint")
     assert shown.count("again in") == 4
-
-
-def test_retries_are_bounded_and_logged(
-    s3_server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(s3_requests, "_RETRY_WAITS_S", (0.0, 0.0))
-    num_calls = 0
-
-    def flaky(filesystem: object) -> bytes:
-        nonlocal num_calls
-        num_calls += 1
-        if num_calls < 3:
-            raise OSError(errno.EBUSY, "Please reduce your request rate.")
-        return b"at last"
-
-    with caplog.at_level(logging.WARNING, logger="subcat"):
-        assert s3_requests.call_s3(None, "read", "s3://b/x", flaky) == b"at last"
-    assert [r.getMessage() for r in caplog.records] == [
-        "s3://b/x: cannot read yet ([Errno 16] Please reduce your request rate.); again in 0.0 s"
-    ] * 2
-    num_calls = -10
-    with pytest.raises(StorageError, match=r"^s3://b/x: cannot read: failed 3 times, last with: .* request rate"):
-        s3_requests.call_s3(None, "read", "s3://b/x", flaky)
-    assert num_calls == -7

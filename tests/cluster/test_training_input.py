@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from cluster.storage import MissingFileError, StorageError
 from cluster.trainee import TrainComputeSettings
 from cluster.training_input import BatchKey, BatchPlan, BatchReader, stream_batches, validation_batches
 from tests.cluster.tiny_trainee import SIDE_PX, TinyTrainee, make_rows
+
+ON_RAY = TrainComputeSettings(num_workers=1, input="ray", num_decode_workers=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class FailingTrainee(TinyTrainee):
+    """Raises the failure for every image."""
+
+    failure: Exception = dataclasses.field(default_factory=Exception)
+
+    def make_sample(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        raise self.failure
 
 
 def test_an_epoch_is_a_permutation_in_whole_batches() -> None:
@@ -57,6 +72,33 @@ def test_bad_images_become_empty_samples_of_weight_0_with_a_reason() -> None:
     assert not batch.arrays["image"][1].any()
 
 
+def test_a_missing_file_is_a_bad_image_and_an_outage_is_not() -> None:
+    def read(error: Exception) -> list[str]:
+        return (
+            BatchReader(FailingTrainee(failure=error), rng_seed=0)
+            .read(make_rows(1), BatchKey(1, np.array([0])))
+            .reasons
+        )
+
+    assert read(MissingFileError("/0.png: cannot read: no such file")) == ["/0.png: cannot read: no such file"]
+    with pytest.raises(StorageError, match="Input/output error"):
+        read(StorageError("/0.png: cannot read: Input/output error"))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("compute", [TrainComputeSettings(num_decode_workers=n) for n in (0, 1)] + [ON_RAY])
+@pytest.mark.parametrize("failure", [ValueError("class 9 of 2"), StorageError("/0.png: cannot read: denied")])
+def test_an_error_comes_out_of_every_reader_as_it_went_in(compute: TrainComputeSettings, failure: Exception) -> None:
+    stream = stream_batches(
+        BatchReader(FailingTrainee(failure=failure), rng_seed=0), make_rows(4), [BatchKey(1, np.arange(4))], compute
+    )
+    with contextlib.closing(stream), pytest.raises(type(failure)) as caught:  # type: ignore[type-var]
+        next(stream)
+    assert type(caught.value) is type(failure)
+    assert str(caught.value) == str(failure)
+    assert "image-000" in "".join(caught.value.__notes__)
+
+
 def test_other_errors_name_the_image() -> None:
     rows = make_rows(2).drop_columns(["value"])
     with pytest.raises(KeyError) as caught:
@@ -74,7 +116,7 @@ def test_threads_processes_and_ray_data_give_the_same_batches(monkeypatch: pytes
     computes = [
         TrainComputeSettings(num_decode_workers=0),
         TrainComputeSettings(num_decode_workers=2),
-        TrainComputeSettings(num_workers=1, input="ray", num_decode_workers=2),
+        ON_RAY,
     ]
     expected = [reader.read(rows, key) for key in keys]
     assert any(reason for batch in expected for reason in batch.reasons)

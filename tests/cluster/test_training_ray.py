@@ -31,12 +31,14 @@ def test_two_workers_on_ray_data_one_of_which_dies_give_the_result_of_one(
 ) -> None:
     folder, expected = alone
     told: dict[int, dict[str, float]] = {}
+    epochs: list[float] = []
     threads = set()
     bar = CountingBar()
 
     def on_metrics(step: int, values: dict[str, float]) -> None:
         threads.add(threading.current_thread())
         told.setdefault(step, {}).update(values)
+        epochs.extend([values["epoch"]] if "epoch" in values else [])
 
     result = run_training(
         tmp_path,
@@ -45,7 +47,11 @@ def test_two_workers_on_ray_data_one_of_which_dies_give_the_result_of_one(
         bar=bar,
         on_metrics=on_metrics,
     )
-    assert (tmp_path / "crashed").exists()
+    # The epoch before the crash was trained once: its record, with its timings, is the one of the checkpoint.
+    kept = torch.load(tmp_path / "crashed", weights_only=True)["history"]
+    assert [record["epoch"] for record in kept] == [1]
+    assert result.history[:1] == kept
+    assert epochs == [1, 2, 3]
     _assert_same_history(result.history, expected.history)
     assert result.bad_rows == expected.bad_rows
     assert result.metrics["order"] == expected.metrics["order"]

@@ -47,8 +47,8 @@ class TinyNet(torch.nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class TinyTrainee:
-    """crash_dir: a rank dies once, as soon as the checkpoint of epoch 1 is in this folder. full_disk: the validation
-    fails like a write to a full disk, and counts in crash_dir how often.
+    """crash_dir: a rank dies once, as soon as the checkpoint of epoch 1 is in this folder, and leaves a copy of it
+    there as `crashed`. full_disk: the validation fails like a write to a full disk, and counts in crash_dir how often.
     """
 
     dropout: float = 0.0
@@ -105,7 +105,12 @@ class TinyTrainee:
         if self.crash_dir is None:
             return
         folder = Path(self.crash_dir)
-        flag = folder / "crashed"
-        if (folder / "checkpoints/epoch-0001.pt").exists() and not flag.exists():
-            flag.touch()
-            os._exit(1)
+        checkpoint = folder / "checkpoints/epoch-0001.pt"
+        if not checkpoint.exists():
+            return
+        try:
+            with (folder / "crashed").open("xb") as stream:
+                stream.write(checkpoint.read_bytes())
+        except FileExistsError:  # this rank or the other one has died already
+            return
+        os._exit(1)
