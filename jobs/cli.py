@@ -1,6 +1,7 @@
 """The command line: demo, prepare, validate, run, predict, evaluate, report, results.
 
-Exit codes: 0 done; 1 the run failed (storage, training, too many bad images); 2 the input or the config is wrong.
+Exit codes: 0 done; 1 the run failed (storage, lost workers); 2 the input or the config is wrong, or an output is of
+other inputs.
 """
 
 from __future__ import annotations
@@ -117,11 +118,16 @@ def prepare(config: Config, set_: Overrides = None, verbose: Verbose = False) ->
 def validate_command(
     source: Annotated[str, typer.Argument(help="TOML config, or a manifest folder, or a CSV or Parquet table.")],
     decode: Annotated[bool, typer.Option(help="Decode every image and mask on the cluster.")] = False,
+    scratch: Annotated[
+        str | None,
+        typer.Option(help="Empty folder or s3:// prefix for passing files; a cluster of several nodes needs it."),
+    ] = None,
     set_: Overrides = None,
     verbose: Verbose = False,
 ) -> None:
     """Print every problem of a data set at once, with file and row."""
     cluster, stream = ClusterSettings(), StreamSettings()
+    passing = Storage(scratch) if scratch else None
     settings: PrepareSettings | str
     if source.endswith(".toml"):
         experiment = load_experiment(source, set_ or [])
@@ -131,7 +137,14 @@ def validate_command(
     problems = _with_ray(
         cluster,
         decode and stream.num_actors > 0,
-        lambda: validate(settings, decode=decode, stream=stream, progress=Progress()),
+        lambda: validate(
+            settings,
+            decode=decode,
+            stream=stream,
+            progress=Progress(),
+            scratch=passing,
+            shared_folder=cluster.shared_folder,
+        ),
         verbose,
     )
     typer.echo(format_problems(problems))
@@ -141,7 +154,9 @@ def validate_command(
 
 @app.command(name="predict")
 def predict_command(
-    images: Annotated[str, typer.Argument(help="A folder, an image, or a CSV or Parquet table with a column uri.")],
+    images: Annotated[
+        str, typer.Argument(help="A folder, an image, a manifest, or a CSV or Parquet table with a column uri.")
+    ],
     model: Annotated[str, typer.Option(help="The folder `segmenter` of a finished run.")],
     output: Annotated[str, typer.Option(help="Folder or s3:// prefix for the masks.")],
     base_px: Annotated[
@@ -153,6 +168,7 @@ def predict_command(
     max_bad_frac: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the images that may be unreadable.")
     ] = 0.02,
+    shared_folder: Annotated[bool, typer.Option(help="Every node of the cluster mounts the output folder.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Masks for images without tags, from a trained segmenter."""
@@ -163,7 +179,7 @@ def predict_command(
 
     def work() -> dict[str, Any]:
         if num_actors > 0:
-            check_shared_storage(folder)
+            check_shared_storage(folder, shared_folder)
         return predict.predict_images(
             Progress(), segmenter=Storage(model), rows=rows, output=folder, settings=settings, stream=stream
         )
@@ -207,7 +223,7 @@ def results_command(
     outputs: Annotated[list[str], typer.Argument(help="Output folders of finished runs of one config.")],
 ) -> None:
     """Print the scores of several runs, say of three seeds, as a Markdown table with mean and spread."""
-    typer.echo(results.results_table(outputs))
+    typer.echo(results.results_tables(outputs))
 
 
 def execute(experiment: Experiment, *, last_stage: str | None = None, verbose: bool = False, command: str = "") -> None:
@@ -220,8 +236,7 @@ def execute(experiment: Experiment, *, last_stage: str | None = None, verbose: b
         if needs_ray(experiment):
             check_shared_storage(storage, experiment.cluster.shared_folder)
         with Tracker(experiment.tracking, storage, experiment.name) as tracker:
-            tracker.log_config(experiment.flattened())
-            tracker.log_artifact_text("command.txt", command)
+            tracker.log_config(experiment.flattened(), command)
             pipeline.run(StageContext(experiment, storage, progress, tracker, command), last_stage)
 
     _with_ray(experiment.cluster, needs_ray(experiment), work, verbose)

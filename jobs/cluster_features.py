@@ -53,19 +53,27 @@ def run(context: StageContext, manifest: Manifest, round_index: int, features: A
                 "counts": counts.tolist(),
                 "balance": [float(value) for value in result.balance],
                 "num_passes": result.num_passes,
+                "converged": result.converged,
             },
         )
+        if not result.converged:
+            context.progress.note(
+                f"cluster features, round {round_index}: rows still changed after kmeans.max_passes = "
+                f"{settings.max_passes}; raise it for a lower inertia"
+            )
         for index, name in enumerate(manifest.classes.names):
             child.log_metrics(
                 {
                     f"cluster_features/inertia_{name}": float(result.inertia[index]),
                     f"cluster_features/balance_{name}": float(result.balance[index]),
-                    f"cluster_features/smallest_{name}": float(counts[index].min()),
-                    f"cluster_features/largest_{name}": float(counts[index].max()),
                 }
             )
+            for cluster_id, size in enumerate(counts[index]):  # a step a cluster: a chart of the sizes
+                child.log_metrics({f"cluster_features/size_{name}": float(size)}, cluster_id)
         return {
+            "num_images": manifest.num_rows("train"),
             "num_pairs": int(counts.sum()),
+            "converged": result.converged,
             "num_passes": result.num_passes,
             "inertia": float(np.sum(result.inertia)),
             "balance": float(np.mean(result.balance)),
@@ -81,7 +89,7 @@ def run(context: StageContext, manifest: Manifest, round_index: int, features: A
         inputs={
             "settings": settings.model_dump(mode="json"),
             "rng_seed": experiment.rng_seed,
-            "features": features.fingerprint,
+            "features": features.output_fingerprint,
         },
         work=work,
     )

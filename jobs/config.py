@@ -49,18 +49,31 @@ class Experiment(Settings):
     rounds: int = Field(default=3, ge=0, le=20)
     """R: sub-category rounds after round 0."""
     prepare: PrepareSettings
+    """Where images and tags come from, and how they are checked."""
     classifier: ClassifierSettings = ClassifierSettings()
+    """The classifier of every round; [round.N] may override it."""
     features: FeatureSettings = FeatureSettings()
+    """What is stored of each image for clustering; [round.N] may override it."""
     kmeans: KMeansSettings = KMeansSettings()
+    """How each parent class is split; [round.N] may override it."""
     cams: CamStageSettings = CamStageSettings()
+    """How maps are made and scored; [round.N] may override it."""
     pseudo_masks: PseudoMaskStageSettings = PseudoMaskStageSettings()
+    """How maps become masks."""
     segmenter: SegmenterStageSettings = SegmenterStageSettings()
+    """The segmenter and its training."""
     predict: PredictSettings = PredictSettings()
+    """How the segmenter is applied, and to which splits."""
     evaluation: EvaluationSettings = EvaluationSettings()
+    """Words for the protocol of the scores."""
     report: ReportSettings = ReportSettings()
+    """How much the report shows."""
     stream: StreamSettings = StreamSettings()
+    """How stages that go shard by shard are spread."""
     cluster: ClusterSettings = ClusterSettings()
+    """Where Ray runs."""
     tracking: TrackingSettings = TrackingSettings()
+    """Where MLflow is."""
     round: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Overrides by round: {"2": {"classifier": {"optimiser": {"epochs": 12}}}}."""
 
@@ -181,7 +194,7 @@ def _nearest(word: str, valid: Iterable[str]) -> str:
 def _worded(error: ValidationError, origin: str, prefix: str) -> str:
     lines = []
     for problem in error.errors():
-        location = [part for part in problem["loc"] if not _is_union_tag(part)]
+        location = _without_union_tag(problem["loc"])
         key = prefix + ".".join(str(part) for part in location)
         if problem["type"] == "extra_forbidden":
             valid = _fields_at(location[:-1])
@@ -197,9 +210,12 @@ def _worded(error: ValidationError, origin: str, prefix: str) -> str:
     return f"{origin}: {count} in the settings\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def _is_union_tag(part: str | int) -> bool:
-    """pydantic puts the tag of a discriminated union into the location; it is no key of the config."""
-    return isinstance(part, str) and part in ("voc", "folders", "table")
+def _without_union_tag(location: tuple[str | int, ...]) -> list[str | int]:
+    """pydantic puts the tag of the union of sources into the location; it is no key of the config."""
+    parts = list(location)
+    if parts[:2] == ["prepare", "source"] and len(parts) > 2 and parts[2] in ("voc", "folders", "table"):
+        del parts[2]
+    return parts
 
 
 def _fields_at(location: list[str | int]) -> set[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cluster.artifacts import STARTED, Artifact
+from cluster.memory import MemorySampler
 from cluster.progress import Progress
 from cluster.runtime import peak_rss_bytes
 from cluster.storage import Storage
@@ -52,7 +53,8 @@ def complete(
 
     name: folder below the run's root. inputs: settings and fingerprints that decide the output. work: gets the begun
     artifact and its MLflow run, writes into `artifact.folder` and returns JSON-able stats for the marker.
-    Its seconds are those of this call; `resumed` says that an earlier call had done a part.
+    Its seconds are those of this call; `resumed` says that an earlier call had done a part. driver_rss_bytes: the
+    driver's peak since its start; run_bytes: the stage's peak of all processes of the run (cluster/memory.py).
     Raises ArtifactMismatch when the folder holds the output of other inputs.
     """
     artifact = Artifact(context.storage, name, {"stage": stage, **inputs})
@@ -64,9 +66,11 @@ def complete(
     artifact.begin()
     started = time.monotonic()
     with context.tracker.child(stage, round_index) as child:
-        stats = work(artifact, child)
+        with MemorySampler() as memory:
+            stats = work(artifact, child)
         seconds = time.monotonic() - started
-        stats = {"seconds": round(seconds, 2), "resumed": resumed, "driver_rss_bytes": peak_rss_bytes(), **stats}
+        measured = {"driver_rss_bytes": peak_rss_bytes(), "run_bytes": memory.peak_bytes}
+        stats = {"seconds": round(seconds, 2), "resumed": resumed, **measured, **stats}
         if stats.get("num_images") and not resumed:
             stats.setdefault("images_per_s", round(stats["num_images"] / max(seconds, 1e-9), 2))
         child.log_metrics(

@@ -12,14 +12,14 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.artifacts import Artifact
-from cluster.storage import Storage, StorageError, read_uri
+from cluster.storage import MissingFileError, Storage, read_uri
 from cluster.streams import BadRow, ShardOutput, map_shards
 from cluster.tracking import ChildRun
 from jobs.context import StageContext, complete, stream_stats
 from jobs.make_cams import COLUMNS, read_truth
 from jobs.manifest import Manifest
-from jobs.scoring import confusion_scores, split_confusions
-from subcat_core.classes import BACKGROUND, ClassTable
+from jobs.scoring import SplitConfusions, all_background, confusion_scores
+from subcat_core.classes import ClassTable
 from subcat_core.images import ImageError, decode_mask
 from subcat_core.metrics import ConfusionMatrix
 from subcat_core.settings import Settings
@@ -56,7 +56,7 @@ class EvaluateWorker:
                 truth = read_truth(row, self.classes)
                 prediction = decode_mask(read_uri(predicted[row["image_id"]]), self.prediction_lut)
                 confusion.update(prediction, truth)
-            except (ImageError, StorageError, ValueError) as error:
+            except (ImageError, MissingFileError, ValueError) as error:
                 bad.append(BadRow(row["image_id"], row["mask_uri"], str(error)))
                 continue
             num_scored += 1
@@ -72,6 +72,7 @@ def run(context: StageContext, manifest: Manifest, predictions: Artifact) -> Art
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
         total = sum(shard.num_rows for shard in manifest.shards if shard.name in shards)
+        confusions = SplitConfusions(manifest)
         with context.progress.stage("evaluate", total=total, unit="images") as bar:
             summaries = map_shards(
                 EvaluateWorker,
@@ -83,6 +84,7 @@ def run(context: StageContext, manifest: Manifest, predictions: Artifact) -> Art
                 settings=experiment.stream.model_copy(update={"gpus_per_actor": 0.0}),
                 bar=bar,
                 stage="evaluate",
+                fold=confusions.add,
             )
         protocol = {
             "masks": experiment.evaluation.masks,
@@ -95,7 +97,7 @@ def run(context: StageContext, manifest: Manifest, predictions: Artifact) -> Art
             "weights": experiment.segmenter.model.backbone.weights,
             "rng_seed": experiment.rng_seed,
         }
-        scores = evaluation_scores(split_confusions(summaries, manifest), protocol)
+        scores = evaluation_scores(confusions.by_split, protocol)
         artifact.folder.write_json("scores.json", scores)
         child.log_metrics({f"evaluate/miou_{split}": score["miou"] for split, score in scores["splits"].items()})
         return stream_stats(summaries)
@@ -108,7 +110,7 @@ def run(context: StageContext, manifest: Manifest, predictions: Artifact) -> Art
             "settings": experiment.evaluation.model_dump(mode="json"),
             "splits": list(splits),
             "manifest": manifest.fingerprint,
-            "predictions": predictions.fingerprint,
+            "predictions": predictions.output_fingerprint,
         },
         work=work,
     )
@@ -118,16 +120,9 @@ def evaluation_scores(confusions: dict[str, tuple[ConfusionMatrix, int]], protoc
     """scores.json: the segmenter by split, and what calling everything background would have scored."""
     splits = {split: confusion_scores(confusion, num) for split, (confusion, num) in confusions.items()}
     baselines = {
-        split: confusion_scores(_all_background(confusion), num) for split, (confusion, num) in confusions.items()
+        split: confusion_scores(all_background(confusion), num) for split, (confusion, num) in confusions.items()
     }
     return {"protocol": protocol, "splits": splits, "baselines": {"all_background": baselines}}
-
-
-def _all_background(confusion: ConfusionMatrix) -> ConfusionMatrix:
-    """The matrix of a prediction that is background everywhere, from the row sums (pixels by true class)."""
-    result = ConfusionMatrix(confusion.num_classes)
-    result.counts[:, BACKGROUND] = confusion.counts.sum(axis=1)
-    return result
 
 
 def evaluate_folder(

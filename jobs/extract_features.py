@@ -36,6 +36,7 @@ class FeatureSettings(Settings):
     """What is stored for clustering."""
 
     dtype: Literal["float16", "float32"] = "float16"
+    """How features are stored: float16 takes half the space, and clustering adds up in float64 either way."""
     base_px: int | None = Field(default=None, ge=16)
     """Short side the images are brought to; None keeps their own size (the paper's way)."""
     max_px: int | None = Field(default=1024, ge=16)
@@ -166,7 +167,7 @@ def run(context: StageContext, manifest: Manifest, round_index: int, classifier:
         inputs={
             "settings": settings.model_dump(mode="json", exclude={"batch_size", "pass_px"}),
             "manifest": manifest.fingerprint,
-            "classifier": classifier.fingerprint,
+            "classifier": classifier.output_fingerprint,
         },
         work=work,
     )

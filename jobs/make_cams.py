@@ -10,6 +10,8 @@ that rounds can be compared. Tags gate the maps on every split: no deployable nu
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -18,12 +20,12 @@ import torch
 from pydantic import Field
 
 from cluster.artifacts import Artifact
-from cluster.storage import Storage, StorageError, read_uri
-from cluster.streams import BadRow, ShardOutput, iter_images, map_shards
+from cluster.storage import MissingFileError, Storage, read_uri
+from cluster.streams import BadRow, ShardOutput, ShardSummary, iter_images, map_shards
 from cluster.tracking import ChildRun
 from jobs.context import StageContext, complete, round_folder, stream_stats
 from jobs.manifest import Manifest
-from jobs.scoring import PAPER_THRESHOLD, sweep_scores
+from jobs.scoring import PAPER_THRESHOLD, SplitSweeps
 from jobs.train_classifier import ClassifierSettings, load_classifier
 from subcat_core import schemas
 from subcat_core.cam import CamSettings, compute_cams, upsample_cam
@@ -77,38 +79,30 @@ class CamWorker:
         table = inputs["manifest"]
         if self.only_scored:
             table = table.filter(table["mask_uri"].is_valid())
-        sweep = ThresholdSweep(self.classes.num_classes, self.settings.thresholds())
-        bad: list[BadRow] = []
-        made: list[dict[str, Any]] = []
+        num_classes, thresholds = self.classes.num_classes, self.settings.thresholds()
+        made = _Made(ThresholdSweep(num_classes, thresholds), ThresholdSweep(num_classes, thresholds))
         waiting: list[tuple[dict[str, Any], np.ndarray]] = []
-        num_scored = 0
         for row, image in iter_images(table):
             if isinstance(image, BadRow):
-                bad.append(image)
+                made.bad.append(image)
                 continue
             waiting.append((row, image))
             if len(waiting) == self.settings.batch_size:
-                num_scored += self._flush(waiting, made, sweep, bad)
-        num_scored += self._flush(waiting, made, sweep, bad)
-        stats = {"sweep": sweep.to_json(), "num_scored": num_scored}
-        return ShardOutput(pa.Table.from_pylist(made, schemas.CAMS), bad=bad, stats=stats, num_rows=len(made))
+                self._flush(waiting, made)
+        self._flush(waiting, made)
+        stats = {"sweep": made.sweep.to_json(), "num_scored": made.num_scored}
+        if self.settings.cam.affinity is not None:
+            stats["plain_sweep"] = made.plain_sweep.to_json()
+        table = pa.Table.from_pylist(made.rows, schemas.CAMS)
+        return ShardOutput(table, bad=made.bad, stats=stats, num_rows=len(made.rows))
 
-    def _flush(
-        self,
-        waiting: list[tuple[dict[str, Any], np.ndarray]],
-        made: list[dict[str, Any]],
-        sweep: ThresholdSweep,
-        bad: list[BadRow],
-    ) -> int:
-        """Maps of the images that wait; returns how many of them had ground truth."""
-        if not waiting:
-            return 0
+    def _flush(self, waiting: list[tuple[dict[str, Any], np.ndarray]], made: _Made) -> None:
+        """Maps of the images that wait, and their scores where there is ground truth."""
         labels = [list(row["labels"] or []) for row, _ in waiting]
         cams = compute_cams(self.model, [image for _, image in waiting], labels, self.settings.cam, self.device)
-        num_scored = 0
         for (row, image), present, cam in zip(waiting, labels, cams, strict=True):
-            stored = cam.astype(np.float16)
-            made.append(
+            stored = cam.maps.astype(np.float16)
+            made.rows.append(
                 {
                     "image_id": row["image_id"],
                     "class_indices": present,
@@ -117,16 +111,30 @@ class CamWorker:
                     "cam": stored.ravel(),
                 }
             )
-            if row["mask_uri"]:
-                try:
-                    truth = read_truth(row, self.classes)
-                except (ImageError, StorageError) as error:
-                    bad.append(BadRow(row["image_id"], row["mask_uri"], str(error)))
-                    continue
-                sweep.update(upsample_cam(stored.astype(np.float32), *image.shape[:2]), present, truth)
-                num_scored += 1
+            if not row["mask_uri"] or not present:  # without tags nothing competes with background
+                continue
+            try:
+                truth = read_truth(row, self.classes)
+            except (ImageError, MissingFileError) as error:
+                made.bad.append(BadRow(row["image_id"], row["mask_uri"], str(error)))
+                continue
+            size = image.shape[:2]
+            made.sweep.update(upsample_cam(stored.astype(np.float32), *size), present, truth)
+            if self.settings.cam.affinity is not None:
+                made.plain_sweep.update(upsample_cam(cam.plain, *size), present, truth)
+            made.num_scored += 1
         waiting.clear()
-        return num_scored
+
+
+@dataclasses.dataclass
+class _Made:
+    """What a shard has so far. plain_sweep: of the maps before affinity spreads them."""
+
+    sweep: ThresholdSweep
+    plain_sweep: ThresholdSweep
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    bad: list[BadRow] = dataclasses.field(default_factory=list)
+    num_scored: int = 0
 
 
 def read_truth(row: dict[str, Any], classes: ClassTable) -> np.ndarray:
@@ -134,10 +142,15 @@ def read_truth(row: dict[str, Any], classes: ClassTable) -> np.ndarray:
     return decode_mask(read_uri(row["mask_uri"]), classes.mask_lut())
 
 
-def cam_of(row: dict[str, Any]) -> np.ndarray:
-    """(n, h, w) float32 from a row of a CAM table."""
-    height, width = row["cam_height"], row["cam_width"]
-    return np.asarray(row["cam"], np.float32).reshape(len(row["class_indices"]), height, width)
+def read_cams(table: pa.Table) -> dict[str, tuple[list[int], np.ndarray]]:
+    """image_id -> (class_indices, maps (n, h, w) float16) of a CAM table; the maps are views, not copies."""
+    column = table["cam"].combine_chunks()
+    values, ends = column.flatten().to_numpy(), np.cumsum(column.value_lengths().to_numpy())
+    cams = {}
+    for row, end in zip(table.drop_columns(["cam"]).to_pylist(), ends, strict=True):
+        shape = (len(row["class_indices"]), row["cam_height"], row["cam_width"])
+        cams[row["image_id"]] = (row["class_indices"], values[end - math.prod(shape) : end].reshape(shape))
+    return cams
 
 
 def run(context: StageContext, manifest: Manifest, round_index: int, classifier: Artifact, *, last: bool) -> Artifact:
@@ -150,6 +163,13 @@ def run(context: StageContext, manifest: Manifest, round_index: int, classifier:
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
         total = sum(shard.num_rows for shard in manifest.shards if shard.name in shards)
+        sweeps, plain_sweeps = SplitSweeps(manifest, "sweep"), SplitSweeps(manifest, "plain_sweep")
+
+        def fold(summary: ShardSummary) -> None:
+            sweeps.add(summary)
+            if settings.cam.affinity is not None:
+                plain_sweeps.add(summary)
+
         with context.progress.stage(f"make CAMs, round {round_index}", total=total, unit="images") as bar:
             summaries = map_shards(
                 CamWorker,
@@ -167,6 +187,7 @@ def run(context: StageContext, manifest: Manifest, round_index: int, classifier:
                 settings=experiment.stream,
                 bar=bar,
                 stage="make_cams",
+                fold=fold,
             )
         protocol = {
             "masks": "CAM against annotated masks; pixels of 255 are skipped",
@@ -176,10 +197,13 @@ def run(context: StageContext, manifest: Manifest, round_index: int, classifier:
             "scales": list(settings.cam.scales),
             "flip": settings.cam.flip,
             "base_px": settings.cam.base_px,
+            "affinity": "no" if settings.cam.affinity is None else settings.cam.affinity.model_dump(mode="json"),
             "weights": experiment.classifier.backbone.weights,
             "rng_seed": experiment.rng_seed,
         }
-        scores = {"protocol": protocol, "splits": sweep_scores(summaries, manifest)}
+        scores: dict[str, Any] = {"protocol": protocol, "splits": sweeps.scores()}
+        for split, plain in plain_sweeps.scores().items():
+            scores["splits"][split]["plain"] = {key: plain[key] for key in ("fixed", "best", "miou")}
         artifact.folder.write_json("scores.json", scores)
         for split, score in scores["splits"].items():
             values = {
@@ -195,9 +219,9 @@ def run(context: StageContext, manifest: Manifest, round_index: int, classifier:
         stage="make_cams",
         round_index=round_index,
         inputs={
-            "settings": settings.model_dump(mode="json", exclude={"batch_size"}),
+            "settings": settings.model_dump(mode="json", exclude={"batch_size": True, "cam": {"pass_px"}}),
             "manifest": manifest.fingerprint,
-            "classifier": classifier.fingerprint,
+            "classifier": classifier.output_fingerprint,
             "whole_train_split": last,
         },
         work=work,

@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.artifacts import Artifact
-from cluster.storage import Storage, StorageError
-from cluster.streams import BadRow, ShardOutput, iter_images, map_shards
+from cluster.storage import MissingFileError, Storage
+from cluster.streams import BadRow, ShardOutput, ShardSummary, iter_images, map_shards
 from cluster.tracking import ChildRun
 from jobs.context import StageContext, complete, stream_stats
-from jobs.make_cams import COLUMNS, cam_of, read_truth
+from jobs.make_cams import COLUMNS, read_cams, read_truth
 from jobs.manifest import Manifest
-from jobs.scoring import confusion_scores, split_confusions
+from jobs.scoring import SplitConfusions, all_background, confusion_scores
 from subcat_core import schemas
 from subcat_core.classes import ClassTable
 from subcat_core.images import ImageError, encode_mask
@@ -43,7 +43,7 @@ class PseudoMaskWorker:
         self.settings = settings
 
     def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
-        cams = {row["image_id"]: row for row in inputs["cams"].to_pylist()}
+        cams = read_cams(inputs["cams"])
         confusion = ConfusionMatrix(self.classes.num_classes)
         num_scored = 0
         bad: list[BadRow] = []
@@ -55,8 +55,8 @@ class PseudoMaskWorker:
             if row["image_id"] not in cams:
                 bad.append(BadRow(row["image_id"], row["uri"], "no CAM was made for this image; see make_cams"))
                 continue
-            cam = cams[row["image_id"]]
-            pseudo = make_pseudo_mask(cam_of(cam), cam["class_indices"], image, self.settings.mask)
+            class_indices, cam = cams[row["image_id"]]
+            pseudo = make_pseudo_mask(cam.astype(np.float32), class_indices, image, self.settings.mask)
             name = f"png/{row['image_id']}.png"
             self.output.write_bytes(name, encode_mask(pseudo.mask, self.classes.flat_palette()))
             made.append(
@@ -72,7 +72,7 @@ class PseudoMaskWorker:
             if row["mask_uri"]:
                 try:
                     truth = read_truth(row, self.classes)
-                except (ImageError, StorageError) as error:
+                except (ImageError, MissingFileError) as error:
                     bad.append(BadRow(row["image_id"], row["mask_uri"], str(error)))
                     continue
                 confusion.update(pseudo.labels, truth)
@@ -91,6 +91,13 @@ def run(context: StageContext, manifest: Manifest, cams: Artifact) -> Artifact:
     settings = context.experiment.pseudo_masks
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
+        confusions, areas = SplitConfusions(manifest), {"coverage": 0.0, "ignored": 0.0}
+
+        def fold(summary: ShardSummary) -> None:
+            confusions.add(summary)
+            for key in areas:
+                areas[key] += summary.stats[key]
+
         with context.progress.stage("make pseudo masks", total=manifest.num_rows("train"), unit="images") as bar:
             summaries = map_shards(
                 PseudoMaskWorker,
@@ -102,11 +109,12 @@ def run(context: StageContext, manifest: Manifest, cams: Artifact) -> Artifact:
                 settings=context.experiment.stream.model_copy(update={"gpus_per_actor": 0.0}),
                 bar=bar,
                 stage="make_pseudo_masks",
+                fold=fold,
             )
         stats = stream_stats(summaries)
         num_made = max(stats["num_images"], 1)
-        stats["coverage_frac"] = sum(summary.stats["coverage"] for summary in summaries) / num_made
-        stats["ignore_frac"] = sum(summary.stats["ignored"] for summary in summaries) / num_made
+        stats["coverage_frac"] = areas["coverage"] / num_made
+        stats["ignore_frac"] = areas["ignored"] / num_made
         mask = settings.mask
         protocol = {
             "masks": "argmax of the pseudo masks against annotated masks, before low confidence becomes 255",
@@ -119,8 +127,11 @@ def run(context: StageContext, manifest: Manifest, cams: Artifact) -> Artifact:
             "rng_seed": context.experiment.rng_seed,
         }
         splits = {
-            split: confusion_scores(confusion, num_scored)
-            for split, (confusion, num_scored) in split_confusions(summaries, manifest).items()
+            split: {
+                **confusion_scores(confusion, num_scored),
+                "all_background": confusion_scores(all_background(confusion), num_scored),
+            }
+            for split, (confusion, num_scored) in confusions.by_split.items()
         }
         artifact.folder.write_json("scores.json", {"protocol": protocol, "splits": splits})
         child.log_metrics({f"make_pseudo_masks/miou_{split}": score["miou"] for split, score in splits.items()})
@@ -133,7 +144,7 @@ def run(context: StageContext, manifest: Manifest, cams: Artifact) -> Artifact:
         inputs={
             "settings": settings.model_dump(mode="json"),
             "manifest": manifest.fingerprint,
-            "cams": cams.fingerprint,
+            "cams": cams.output_fingerprint,
         },
         work=work,
     )

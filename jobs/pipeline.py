@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from jobs.config import Experiment
 
 
+CONFIG = "config.json"
+"""The resolved settings, beside the outputs."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
     """One step of the run: its stage, its round (None outside rounds) and the folder it writes."""
@@ -81,8 +85,14 @@ def run(context: StageContext, last_stage: str | None = None) -> None:
     """Run every stage in order, skipping what is complete; stop after the last occurrence of `last_stage`."""
     names = [step.stage for step in plan(context.experiment)]
     num_steps = len(names) if last_stage is None else len(names) - names[::-1].index(last_stage)
+    config = context.experiment.model_dump(mode="json")
+    if not context.storage.exists(CONFIG):
+        context.storage.write_json(CONFIG, config)
     for _ in itertools.islice(_run_stages(context), num_steps):
         pass
+    # Only now, when no stage refused its settings: a mistaken second call leaves the record of a run as it is.
+    if context.storage.read_json(CONFIG) != config:
+        context.storage.write_json(CONFIG, config)
 
 
 def _check_splits(experiment: Experiment, manifest: Manifest) -> None:
@@ -104,7 +114,6 @@ def _check_splits(experiment: Experiment, manifest: Manifest) -> None:
 def _run_stages(context: StageContext) -> Iterator[str]:
     """Yields the name of each stage once it is complete, in the order of `plan`."""
     prepare.run(context)
-    context.storage.write_json("config.json", context.experiment.model_dump(mode="json"))
     manifest = open_manifest(context.storage)
     _check_splits(context.experiment, manifest)
     yield "prepare"

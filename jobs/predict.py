@@ -36,11 +36,14 @@ class PredictSettings(Settings):
     splits: tuple[str, ...] = ("val",)
     """Splits of the manifest that `run` predicts and evaluates; those it does not have are left out."""
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1.0,), min_length=1)
+    """Sizes that the image is looked at, as factors; class probabilities are averaged. Each costs a pass."""
     flip: bool = True
+    """Look at each scale mirrored as well: twice the time."""
     base_px: int | None = Field(default=None, ge=16)
     """Short side the images are brought to before scaling; None: the middle of the training sizes. Masks come back at
     the image's own size."""
     crf: CrfSettings | None = None
+    """Dense CRF on the averaged probabilities; none: the network alone decides. The model in MLflow never has one."""
 
 
 class PredictWorker:
@@ -61,7 +64,7 @@ class PredictWorker:
             if isinstance(image, BadRow):
                 bad.append(image)
                 continue
-            mask, probability = predict_mask(
+            mask, confidence = predict_mask(
                 self.model,
                 image,
                 scales=self.settings.scales,
@@ -80,7 +83,7 @@ class PredictWorker:
                     "class_ids": [int(value) for value in present if value != BACKGROUND],
                     "coverage_frac": float((mask != BACKGROUND).mean()),
                     "ignore_frac": 0.0,
-                    "confidence": float(probability.max(axis=0).mean()),
+                    "confidence": float(confidence.mean()),
                 }
             )
         return ShardOutput(pa.Table.from_pylist(made, schemas.MASKS), bad=bad, stats={}, num_rows=len(made))
@@ -114,7 +117,7 @@ def run(context: StageContext, manifest: Manifest, segmenter: Artifact) -> Artif
         inputs={
             "settings": settings.model_dump(mode="json"),
             "manifest": manifest.fingerprint,
-            "segmenter": segmenter.fingerprint,
+            "segmenter": segmenter.output_fingerprint,
         },
         work=work,
     )
@@ -139,7 +142,7 @@ def predict_images(
     inputs = {
         "stage": "predict_images",
         "settings": settings.model_dump(mode="json", exclude={"splits"}),
-        "segmenter": marker.get("fingerprint", segmenter.uri()),
+        "segmenter": marker.get("output", segmenter.uri()),
         "images": fingerprint([[row["image_id"], row["uri"]] for row in rows]),
     }
     artifact = Artifact(output, "", inputs)

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from cluster.artifacts import Artifact, ArtifactMismatch, fingerprint
 from cluster.progress import StageBar
-from cluster.storage import Storage, StorageError, read_uri
+from cluster.storage import MissingFileError, Storage, read_uri
 from cluster.streams import BadRow, ShardOutput, ShardSummary, map_shards
 from cluster.tracking import ChildRun
 from jobs.context import StageContext, complete, stream_stats
@@ -90,7 +90,10 @@ class CheckWorker:
         return ShardOutput(table, bad=bad, stats=stats, num_rows=table.num_rows)
 
     def _size_or_problem(self, row: dict[str, Any]) -> tuple[int | None, int | None] | Problem:
-        """(height, width) of the image, or the first thing that is wrong with its files."""
+        """(height, width) of the image, or the first thing that is wrong with its files.
+
+        StorageError where the storage itself fails: that says nothing of the image.
+        """
         if self.mode == "exists":
             for uri in filter(None, (row["uri"], row["mask_uri"])):
                 if not Storage(uri).exists(""):
@@ -99,7 +102,7 @@ class CheckWorker:
         try:
             data = read_uri(row["uri"])
             size = read_size(data) if self.mode == "header" else decode_image(data).shape[:2]
-        except StorageError as error:
+        except MissingFileError as error:
             return Problem(problems.MISSING_FILE, str(error))
         except ImageError as error:
             return Problem(problems.BAD_IMAGE, f"{row['uri']}: {error}")
@@ -115,7 +118,7 @@ class CheckWorker:
                 return Problem(problems.MASK_SIZE, message)
             if self.mode == "full":
                 decode_mask(data, self.lut)
-        except StorageError as error:
+        except MissingFileError as error:
             return Problem(problems.MISSING_FILE, str(error))
         except MaskValueError as error:
             return Problem(problems.MASK_VALUES, f"{uri}: {error}")

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from cluster.storage import Storage
 from cluster.tracking_client import safe_text
-from jobs import report_page, report_sections
+from jobs import report_page, report_sections, report_stages
 from jobs.manifest import open_manifest
 from jobs.report_gallery import make_galleries
 from jobs.report_numbers import RunNumbers, read_numbers
@@ -104,8 +104,8 @@ def _make(storage: Storage, experiment: Experiment, command: str) -> tuple[RunNu
         report_page.scores_section(numbers),
         report_sections.examples_section(examples, numbers.classes),
         report_sections.subcategories_section(numbers, galleries),
-        report_page.training_section(numbers),
-        report_page.stages_section(numbers),
+        report_stages.training_section(numbers),
+        report_stages.stages_section(numbers),
         report_sections.bad_images_section(numbers),
         report_sections.reproduce_section(numbers, safe_text(command), _safe(experiment.flattened())),
     ]

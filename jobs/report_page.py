@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jobs.report_charts import Curve, curve_chart, sparkline
-from jobs.report_numbers import RunNumbers, StageRecord
+from jobs.report_charts import Curve, curve_chart
+from jobs.report_numbers import RunNumbers
 from subcat_core.classes import ClassTable
 
 _GIB = 1024**3
-_NOTHING = "–"
+NOTHING = "–"
 
 
 def esc(value: object) -> str:
@@ -22,7 +22,7 @@ def esc(value: object) -> str:
 
 def number(value: float | None, digits: int = 3) -> str:
     """A number with fixed digits, or a dash where there is none."""
-    return _NOTHING if value is None else f"{value:.{digits}f}"
+    return NOTHING if value is None else f"{value:.{digits}f}"
 
 
 def section(anchor: str, title: str, body: str, lead: str = "") -> str:
@@ -117,9 +117,14 @@ def _curves(numbers: RunNumbers, split: str) -> str:
         of_split = scores["splits"].get(split)
         if of_split is None:
             continue
-        places, best, fixed = of_split["thresholds"], of_split["best"], of_split["fixed"]
-        curves.append(Curve(f"round {index}", places, of_split["miou"], _nearest(places, best["threshold"])))
-        rows.append([f"round {index}", number(fixed["miou"]), number(best["miou"]), f"{best['threshold']:.2f}"])
+        places = of_split["thresholds"]
+        kinds = {f"round {index}": of_split}
+        if "plain" in of_split:  # before the maps were spread by affinity
+            kinds[f"{index}, plain"] = of_split["plain"]
+        for name, kind in kinds.items():
+            best, fixed = kind["best"], kind["fixed"]
+            curves.append(Curve(name, places, kind["miou"], _nearest(places, best["threshold"])))
+            rows.append([name, number(fixed["miou"]), number(best["miou"]), f"{best['threshold']:.2f}"])
     num_images = [s["splits"][split]["num_images"] for s in numbers.cams.values() if split in s["splits"]][-1]
     fixed = next(s["splits"][split]["fixed"]["threshold"] for s in numbers.cams.values() if split in s["splits"])
     chart = curve_chart(curves, across="threshold", up="CAM mIoU", rule=fixed)
@@ -150,9 +155,9 @@ def _class_table(numbers: RunNumbers) -> str:
     head = "".join(f'<th class="n">{title}</th>' for title, _ in columns)
     body = []
     for class_id, name in enumerate(names):
-        cells = "".join(_heat(score["iou"][class_id]) for _, score in columns)
+        cells = "".join(heat(score["iou"][class_id]) for _, score in columns)
         body.append(f"<tr><th>{swatch(numbers.classes, class_id)}{esc(name)}</th>{cells}</tr>")
-    means = "".join(_heat(score["miou"]) for _, score in columns)
+    means = "".join(heat(score["miou"]) for _, score in columns)
     body.append(f'<tr class="sum"><th>mIoU</th>{means}</tr>')
     return (
         f'<h3>IoU by class</h3><div class="scroll"><table><thead><tr><th>class</th>{head}</tr></thead>'
@@ -160,9 +165,9 @@ def _class_table(numbers: RunNumbers) -> str:
     )
 
 
-def _heat(value: float | None) -> str:
+def heat(value: float | None) -> str:
     if value is None:
-        return f'<td class="n">{_NOTHING}</td>'
+        return f'<td class="n">{NOTHING}</td>'
     return f'<td class="heat" style="--v:{min(max(value, 0.0), 1.0):.3f}"><span>{value:.3f}</span></td>'
 
 
@@ -204,94 +209,3 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: 
     )
     name = f' class="{kind}"' if kind else ""
     return f'<div class="scroll"><table{name}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def training_section(numbers: RunNumbers) -> str:
-    """Loss and average precision of every training, a row each."""
-    trained = [(f"classifier, round {index}", result) for index, result in sorted(numbers.classifiers.items())]
-    if numbers.segmenter:
-        trained.append(("segmenter", numbers.segmenter))
-    if not trained:
-        return ""
-    rows = []
-    for name, result in trained:
-        history = result.get("history") or []
-        losses = [epoch.get("loss") for epoch in history]
-        last = next((loss for loss in reversed(losses) if loss is not None), None)
-        mean_ap = (result.get("metrics") or {}).get("map")
-        line = sparkline(losses, f"loss of the {name} by epoch")
-        cells = f'<td class="n">{len(history)}</td><td>{line}</td><td class="n">{number(last)}</td>'
-        rows.append(f'<tr><th>{esc(name)}</th>{cells}<td class="n">{number(mean_ap)}</td></tr>')
-    heads = ("network", "epochs", "loss by epoch", "last loss", "mAP")
-    head = "".join(
-        f"<th>{name}</th>" if name in (heads[0], heads[2]) else f'<th class="n">{name}</th>' for name in heads
-    )
-    body = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-    lead = "Each line has its own scale. mAP: mean average precision of the parent classes on the validation split."
-    return section("training", "Training", body + _precision_table(numbers), lead)
-
-
-def _precision_table(numbers: RunNumbers) -> str:
-    """Average precision by class and round."""
-    metrics = {index: result.get("metrics") or {} for index, result in sorted(numbers.classifiers.items())}
-    if not any("ap/" in key for values in metrics.values() for key in values):
-        return ""
-    head = "".join(f'<th class="n">round {index}</th>' for index in metrics)
-    rows = []
-    for class_index, name in enumerate(numbers.classes.names):
-        cells = "".join(_heat(values.get(f"ap/{class_index}")) for values in metrics.values())
-        rows.append(f"<tr><th>{swatch(numbers.classes, class_index + 1)}{esc(name)}</th>{cells}</tr>")
-    return (
-        "<details><summary>Average precision by class</summary>"
-        f"<table><thead><tr><th>class</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></details>"
-    )
-
-
-def stages_section(numbers: RunNumbers) -> str:
-    """Seconds, speed and memory of every stage."""
-    longest = max((float(record.stats.get("seconds") or 0) for record in numbers.stages), default=0.0) or 1.0
-    rows: list[str] = []
-    group: int | None = None
-    for record in numbers.stages:
-        if record.round_index != group:
-            group = record.round_index
-            title = "after the rounds" if group is None else f"round {group}"
-            rows.append(f'<tr class="group"><th colspan="7">{title}</th></tr>')
-        rows.append(_stage_row(record, longest))
-    total = sum(float(record.stats.get("seconds") or 0) for record in numbers.stages)
-    peaks = [
-        max((record.stats.get(key) or 0 for record in numbers.stages), default=0)
-        for key in ("peak_rss_bytes", "driver_rss_bytes")
-    ]
-    ends = "".join(f'<td class="n">{_gib(peak)}</td>' for peak in peaks)
-    rows.append(f'<tr class="sum"><th>all</th><td class="n">{total:,.1f}</td><td></td><td></td><td></td>{ends}</tr>')
-    names = ("stage", "seconds", "", "images", "images/s", "biggest worker, GiB", "driver, GiB")
-    head = "".join(
-        f"<th>{name}</th>" if index in (0, 2) else f'<th class="n">{name}</th>' for index, name in enumerate(names)
-    )
-    body = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-    return section(
-        "stages", "Stages", body, "Wall seconds of the stage that made the output; resident memory at its peak."
-    )
-
-
-def _stage_row(record: StageRecord, longest: float) -> str:
-    stats = record.stats
-    seconds = float(stats.get("seconds") or 0)
-    num_images, speed = stats.get("num_images"), stats.get("images_per_s")
-    cells = [
-        f'<td class="n">{seconds:,.1f}</td><td class="time"><i style="--v:{seconds / longest:.3f}"></i></td>',
-        f'<td class="n">{_NOTHING if num_images is None else format(num_images, ",")}</td>',
-        f'<td class="n">{number(speed, 1)}</td>',
-        f'<td class="n">{_gib(stats.get("peak_rss_bytes"))}</td>',
-        f'<td class="n">{_gib(stats.get("driver_rss_bytes"))}</td>',
-    ]
-    return f"<tr><th>{esc(_stage_name(record.stage))}</th>{''.join(cells)}</tr>"
-
-
-def _stage_name(stage: str) -> str:
-    return stage.replace("_", " ").replace("cams", "CAMs")
-
-
-def _gib(value: int | None) -> str:
-    return f"{value / _GIB:.2f}" if value else _NOTHING

@@ -1,4 +1,4 @@
-"""`subcat results RUN RUN ...`: the scores of several runs of one config as a Markdown table, mean and spread.
+"""`subcat results RUN RUN ...`: the scores of several runs of one config as Markdown tables, mean and spread.
 
 Runs differ in rng_seed alone; docs/results.md holds what this prints. The spread is the sample standard deviation.
 """
@@ -6,35 +6,57 @@ Runs differ in rng_seed alone; docs/results.md holds what this prints. The sprea
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
+from typing import Any
 
 from cluster.storage import Storage
 
 Line = tuple[str, str, str]
 """(what, split, which number)"""
+_CURVE_STEP = 0.05
+
+
+def results_tables(outputs: list[str]) -> str:
+    """The tables of the runs with these output folders. Raises ValueError for one that is not a finished run."""
+    storages = [Storage(path) for path in outputs]
+    missing = [storage.root for storage in storages if not storage.exists("config.json")]
+    if missing:
+        raise ValueError(f"not the output of a run: {', '.join(missing)}; give output folders of finished runs")
+    seeds = [f"seed {storage.read_json('config.json')['rng_seed']}" for storage in storages]
+    scores = markdown([scores_of_run(storage) for storage in storages], seeds)
+    curves = "\n\n".join(curve_markdown(curves, split) for split, curves in _curves(storages).items())
+    return f"{scores}\n\n{curves}"
 
 
 def scores_of_run(storage: Storage) -> dict[Line, float | None]:
     """Every mIoU of one finished run. Raises ValueError when the run is not finished."""
     if not storage.exists("evaluation/marker.json"):
         raise ValueError(f"{storage.root}: not a finished run (no evaluation/marker.json); run its config to the end")
-    config = storage.read_json("config.json")
     lines: dict[Line, float | None] = {}
-    for index in range(config["rounds"] + 1):
-        for split, score in storage.read_json(f"rounds/{index:02d}/cams/scores.json")["splits"].items():
-            name = f"CAM, round {index}" + (" (parents only)" if index == 0 else "")
-            lines[(name, split, f"at {score['fixed']['threshold']:.2f}")] = score["fixed"]["miou"]
-            lines[(name, split, "at best threshold")] = score["best"]["miou"]
-            lines[(name, split, "best threshold")] = score["best"]["threshold"]
+    for index, cams in enumerate(_cams(storage)):
+        for split, score in cams["splits"].items():
+            lines.setdefault(("all background", split, "mIoU"), score["all_background"]["miou"])
+            kinds = [("spread CAM", score)] if "plain" in score else [("CAM", score)]
+            kinds = [("CAM", score["plain"]), *kinds] if "plain" in score else kinds
+            for kind, curve in kinds:
+                name = f"{kind}, round {index}" + (" (parents only)" if index == 0 else "")
+                lines[(name, split, f"at {curve['fixed']['threshold']:.2f}")] = curve["fixed"]["miou"]
+                lines[(name, split, "at best threshold")] = curve["best"]["miou"]
+                lines[(name, split, "best threshold")] = curve["best"]["threshold"]
     for split, score in storage.read_json("pseudo_masks/scores.json")["splits"].items():
         lines[("pseudo masks", split, "mIoU")] = score["miou"]
-    evaluation = storage.read_json("evaluation/scores.json")
-    for split, score in evaluation["splits"].items():
+    for split, score in storage.read_json("evaluation/scores.json")["splits"].items():
         lines[("segmenter", split, "mIoU")] = score["miou"]
-        lines[("all background", split, "mIoU")] = evaluation["baselines"]["all_background"][split]["miou"]
     return lines
 
 
-def markdown(runs: list[dict[Line, float | None]], names: list[str]) -> str:
+def _cams(storage: Storage) -> list[dict[str, Any]]:
+    """The scores of every round's CAMs."""
+    rounds = range(storage.read_json("config.json")["rounds"] + 1)
+    return [storage.read_json(f"rounds/{index:02d}/cams/scores.json") for index in rounds]
+
+
+def markdown(runs: Sequence[dict[Line, float | None]], names: Sequence[str]) -> str:
     """One row a number, one column a run, then mean and sample standard deviation."""
     rows = [f"| what | split | number | {' | '.join(names)} | mean | spread |", "|---" * (len(names) + 5) + "|"]
     for key in runs[0]:
@@ -47,11 +69,30 @@ def markdown(runs: list[dict[Line, float | None]], names: list[str]) -> str:
     return "\n".join(rows)
 
 
-def results_table(outputs: list[str]) -> str:
-    """The table of the runs with these output folders. Raises ValueError for one that is not a finished run."""
-    storages = [Storage(path) for path in outputs]
-    missing = [storage.root for storage in storages if not storage.exists("config.json")]
-    if missing:
-        raise ValueError(f"not the output of a run: {', '.join(missing)}; give output folders of finished runs")
-    seeds = [f"seed {storage.read_json('config.json')['rng_seed']}" for storage in storages]
-    return markdown([scores_of_run(storage) for storage in storages], seeds)
+Curve = dict[float, list[float]]
+"""threshold -> mIoU of each run"""
+
+
+def _curves(storages: Sequence[Storage]) -> dict[str, dict[str, Curve]]:
+    """split -> name of the maps -> curve, at thresholds of whole steps."""
+    curves: dict[str, dict[str, Curve]] = {}
+    for storage in storages:
+        for index, cams in enumerate(_cams(storage)):
+            for split, score in cams["splits"].items():
+                kinds = {"CAM": score["plain"]["miou"], "spread CAM": score["miou"]} if "plain" in score else None
+                for kind, values in (kinds or {"CAM": score["miou"]}).items():
+                    curve = curves.setdefault(split, {}).setdefault(f"{kind}, round {index}", {})
+                    for threshold, value in zip(score["thresholds"], values, strict=True):
+                        if value is not None and abs(threshold / _CURVE_STEP - round(threshold / _CURVE_STEP)) < 1e-6:
+                            curve.setdefault(threshold, []).append(value)
+    return curves
+
+
+def curve_markdown(curves: dict[str, Curve], split: str) -> str:
+    """mIoU by threshold, the mean over the runs; one row a threshold, one column a kind of maps and round."""
+    thresholds = sorted({threshold for curve in curves.values() for threshold in curve})
+    rows = [f"| threshold, {split} | {' | '.join(curves)} |", "|---" * (len(curves) + 1) + "|"]
+    for threshold in thresholds:
+        means = [f"{statistics.mean(curve[threshold]):.3f}" if threshold in curve else "" for curve in curves.values()]
+        rows.append(f"| {threshold:.2f} | {' | '.join(means)} |")
+    return "\n".join(rows)

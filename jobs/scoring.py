@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from cluster.streams import ShardSummary
 from jobs.manifest import Manifest
+from subcat_core.classes import BACKGROUND
 from subcat_core.metrics import ConfusionMatrix, ThresholdSweep
 
 PAPER_THRESHOLD = 0.15
@@ -22,49 +22,71 @@ def confusion_scores(confusion: ConfusionMatrix, num_images: int) -> dict[str, A
     }
 
 
-def split_confusions(summaries: Iterable[ShardSummary], manifest: Manifest) -> dict[str, tuple[ConfusionMatrix, int]]:
-    """Merge the `confusion` of each shard by the shard's split; splits without ground truth are left out."""
-    split_of = {shard.name: shard.split for shard in manifest.shards}
-    merged: dict[str, tuple[ConfusionMatrix, int]] = {}
-    for summary in summaries:
+class SplitConfusions:
+    """The `confusion` of every shard, added up by the shard's split as the summaries come; `add` is a fold."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._split_of = {shard.name: shard.split for shard in manifest.shards}
+        self._num_classes = manifest.classes.num_classes
+        self.by_split: dict[str, tuple[ConfusionMatrix, int]] = {}
+        """Matrix and number of scored images; splits without ground truth are left out."""
+
+    def add(self, summary: ShardSummary) -> None:
         num_scored = summary.stats.get("num_scored", 0)
-        if not num_scored:
-            continue
-        split = split_of[summary.name]
-        confusion, before = merged.get(split, (ConfusionMatrix(manifest.classes.num_classes), 0))
-        confusion.merge(ConfusionMatrix.from_json(summary.stats["confusion"]))
-        merged[split] = (confusion, before + num_scored)
-    return merged
+        if num_scored:
+            split = self._split_of[summary.name]
+            confusion, before = self.by_split.get(split, (ConfusionMatrix(self._num_classes), 0))
+            confusion.merge(ConfusionMatrix.from_json(summary.stats["confusion"]))
+            self.by_split[split] = (confusion, before + num_scored)
 
 
-def sweep_scores(summaries: Iterable[ShardSummary], manifest: Manifest) -> dict[str, Any]:
-    """Scores of CAMs by split: the whole curve, the paper's threshold and the best one."""
-    split_of = {shard.name: shard.split for shard in manifest.shards}
-    merged: dict[str, ThresholdSweep] = {}
-    counted: dict[str, int] = {}
-    for summary in summaries:
-        if not summary.stats.get("num_scored"):
-            continue
-        split, sweep = split_of[summary.name], ThresholdSweep.from_json(summary.stats["sweep"])
-        counted[split] = counted.get(split, 0) + summary.stats["num_scored"]
-        if split in merged:
-            merged[split].merge(sweep)
-        else:
-            merged[split] = sweep
-    scores = {}
-    for split, sweep in merged.items():
-        confusions = sweep.confusions()
-        curve = [confusion.miou() for confusion in confusions]
-        best = max(range(len(curve)), key=lambda index: (curve[index], -index))
-        fixed = min(range(len(curve)), key=lambda index: abs(sweep.thresholds[index] - PAPER_THRESHOLD))
-        scores[split] = {
-            "num_images": counted[split],
-            "thresholds": list(sweep.thresholds),
-            "miou": [_number(value) for value in curve],
-            "fixed": {"threshold": sweep.thresholds[fixed], **confusion_scores(confusions[fixed], counted[split])},
-            "best": {"threshold": sweep.thresholds[best], **confusion_scores(confusions[best], counted[split])},
-        }
-    return scores
+class SplitSweeps:
+    """The threshold sweep of every shard, added up by the shard's split as the summaries come; `add` is a fold.
+
+    key: under which name the sweep stands in the stats.
+    """
+
+    def __init__(self, manifest: Manifest, key: str = "sweep") -> None:
+        self._key = key
+        self._split_of = {shard.name: shard.split for shard in manifest.shards}
+        self._merged: dict[str, tuple[ThresholdSweep, int]] = {}
+
+    def add(self, summary: ShardSummary) -> None:
+        num_scored = summary.stats.get("num_scored", 0)
+        if num_scored:
+            split, sweep = self._split_of[summary.name], ThresholdSweep.from_json(summary.stats[self._key])
+            before = 0
+            if split in self._merged:
+                merged, before = self._merged[split]
+                merged.merge(sweep)
+                sweep = merged
+            self._merged[split] = (sweep, before + num_scored)
+
+    def scores(self) -> dict[str, Any]:
+        """By split: the whole curve, the paper's threshold, the best one, and all background."""
+        return {split: _sweep_scores(sweep, num_images) for split, (sweep, num_images) in sorted(self._merged.items())}
+
+
+def _sweep_scores(sweep: ThresholdSweep, num_images: int) -> dict[str, Any]:
+    confusions = sweep.confusions()
+    curve = [confusion.miou() for confusion in confusions]
+    best = max(range(len(curve)), key=lambda index: (curve[index], -index))
+    fixed = min(range(len(curve)), key=lambda index: abs(sweep.thresholds[index] - PAPER_THRESHOLD))
+    return {
+        "num_images": num_images,
+        "thresholds": list(sweep.thresholds),
+        "miou": [_number(value) for value in curve],
+        "fixed": {"threshold": sweep.thresholds[fixed], **confusion_scores(confusions[fixed], num_images)},
+        "best": {"threshold": sweep.thresholds[best], **confusion_scores(confusions[best], num_images)},
+        "all_background": confusion_scores(all_background(confusions[fixed]), num_images),
+    }
+
+
+def all_background(confusion: ConfusionMatrix) -> ConfusionMatrix:
+    """The matrix of a prediction that is background everywhere, from the row sums (pixels by true class)."""
+    result = ConfusionMatrix(confusion.num_classes)
+    result.counts[:, BACKGROUND] = confusion.counts.sum(axis=1)
+    return result
 
 
 def _number(value: float) -> float | None:

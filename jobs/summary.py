@@ -1,4 +1,4 @@
-"""The table at the end of a run: every stage with seconds, speed, memory and score, read back from the markers."""
+"""The tables at the end of a run: every stage with seconds, speed and memory, every score; read from the markers."""
 
 from __future__ import annotations
 
@@ -15,46 +15,62 @@ GIB = 1024**3
 
 
 def summary_rows(storage: Storage, experiment: Experiment) -> list[dict[str, Any]]:
-    """One dict a step of the plan: stage, round, state ("complete" or "to do"), stats of the marker, score text."""
+    """One dict a step of the plan: stage, round, state ("complete" or "to do"), stats of the marker, what it found."""
     rows = []
     for step in plan(experiment):
         if step.stage == "report":  # made again on every call, so it has no marker
             continue
-        marker = (
-            storage.read_json(f"{step.folder}/marker.json") if storage.exists(f"{step.folder}/marker.json") else None
-        )
+        name = f"{step.folder}/marker.json"
+        marker = storage.read_json(name) if storage.exists(name) else None
         stats = (marker or {}).get("stats", {})
-        score = _score(storage, step, stats) if marker else ""
         state = "complete" if marker else "to do"
-        rows.append({"stage": step.stage, "round": step.round_index, "state": state, "stats": stats, "score": score})
+        rows.append({"step": step, "state": state, "stats": stats, "found": _found(step, stats)})
     return rows
 
 
 def print_summary(storage: Storage, experiment: Experiment, console: Console | None = None) -> None:
-    """Print the table. Peak memory is that of the stage's biggest worker; the driver's own is in the last column."""
-    table = Table(title=f"{experiment.name}: {storage.root}")
-    for heading, right in (
-        ("stage", 0),
-        ("round", 1),
-        ("seconds", 1),
-        ("images/s", 1),
-        ("worker GiB", 1),
-        ("driver GiB", 1),
-    ):
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
-    table.add_column("score", overflow="fold")
-    for row in summary_rows(storage, experiment):
+    """Print two tables that fit 80 columns: what each stage took, and every score that there is.
+
+    Memory is the peak of the largest worker of the stage, and of all processes of the run on this machine together.
+    """
+    console = console or Console()
+    console.print(f"{experiment.name}: {storage.root}", soft_wrap=True, highlight=False)
+    rows = summary_rows(storage, experiment)
+    table = _table("stage", *_RIGHT[:4])
+    table.add_column("", no_wrap=True)
+    for row in rows:
         stats = row["stats"]
         table.add_row(
-            row["stage"],
-            "" if row["round"] is None else str(row["round"]),
+            _name(row["step"]),
             _seconds(stats) or row["state"],
             f"{stats['images_per_s']:.1f}" if stats.get("images_per_s") else "",
             _gib(stats.get("peak_rss_bytes")),
-            _gib(stats.get("driver_rss_bytes")),
-            row["score"],
+            _gib(stats.get("run_bytes")),
+            row["found"],
         )
-    (console or Console()).print(table)
+    console.print(table)
+    scores = [score for row in rows if row["state"] == "complete" for score in _scores(storage, row["step"])]
+    if not scores:
+        return
+    table = _table("score", "split", "images", "mIoU", "threshold")
+    for cells in scores:
+        table.add_row(*cells)
+    console.print(table)
+
+
+_RIGHT = ("seconds", "images/s", "worker GiB", "run GiB")
+
+
+def _table(*headings: str) -> Table:
+    table = Table()
+    for heading in headings:
+        left = heading in ("stage", "score", "split")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    return table
+
+
+def _name(step: StagePlan) -> str:
+    return step.stage if step.round_index is None else f"{step.stage} {step.round_index}"
 
 
 def print_scores(scores: dict[str, Any], class_names: tuple[str, ...], console: Console | None = None) -> None:
@@ -84,32 +100,43 @@ def _gib(value: int | None) -> str:
     return f"{value / GIB:.2f}" if value else ""
 
 
-def _score(storage: Storage, step: StagePlan, stats: dict[str, Any]) -> str:
-    """The one thing a person wants to know of a stage."""
-    if step.stage in ("make_cams", "make_pseudo_masks", "evaluate"):
-        splits = storage.read_json(f"{step.folder}/scores.json")["splits"]
-        what = {"make_cams": "CAM", "make_pseudo_masks": "pseudo-mask", "evaluate": "segmenter"}[step.stage]
-        if not splits:
-            return "no ground truth"
-        return "\n".join(
-            f"{what} mIoU {_miou(score)} on {split} ({score['num_images']})" for split, score in splits.items()
-        )
+def _found(step: StagePlan, stats: dict[str, Any]) -> str:
+    """The one thing a person wants to know of a stage that has no score."""
+    texts = []
     if step.stage == "train_classifier" and "map" in stats:
-        return f"mAP {stats['map']:.3f}"
-    if step.stage == "cluster_features":
-        return f"{stats['num_passes']} passes, balance {stats['balance']:.2f}"
+        texts.append(f"mAP {stats['map']:.3f}")
+    if step.stage == "cluster_features" and stats:
+        texts.append(f"{stats['num_passes']} passes" + ("" if stats.get("converged", True) else ", not converged"))
     if stats.get("num_bad"):
-        return f"{stats['num_bad']} quarantined"
-    return ""
+        texts.append(f"{stats['num_bad']} bad")
+    return ", ".join(texts)
 
 
-def _miou(score: dict[str, Any]) -> str:
-    if "best" not in score:
-        return _text(score["miou"])
-    best, fixed = score["best"], score["fixed"]
-    return (
-        f"{_text(best['miou'])} at {best['threshold']:.2f} (best), {_text(fixed['miou'])} at {fixed['threshold']:.2f}"
-    )
+def _scores(storage: Storage, step: StagePlan) -> list[tuple[str, str, str, str, str]]:
+    """(what, split, images, mIoU, threshold) of a complete step that is scored."""
+    names = {
+        "make_cams": f"CAM, round {step.round_index}",
+        "make_pseudo_masks": "pseudo masks",
+        "evaluate": "segmenter",
+    }
+    if step.stage not in names:
+        return []
+    scores = storage.read_json(f"{step.folder}/scores.json")
+    rows = []
+    for split, score in scores["splits"].items():
+        name, num_images = names[step.stage], str(score["num_images"])
+        curves = [(f"{name}, plain", score["plain"]), (name, score)] if "plain" in score else [(name, score)]
+        for what, curve in curves:
+            if "best" not in curve:
+                rows.append((what, split, num_images, _text(curve["miou"]), ""))
+                continue
+            for kind, remark in (("fixed", ""), ("best", " (best)")):
+                part = curve[kind]
+                rows.append((what, split, num_images, _text(part["miou"]), f"{part['threshold']:.2f}{remark}"))
+        if step.stage == "evaluate":
+            baseline = scores["baselines"]["all_background"][split]
+            rows.append(("all background", split, str(score["num_images"]), _text(baseline["miou"]), ""))
+    return rows
 
 
 def _text(value: float | None) -> str:

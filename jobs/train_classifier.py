@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from pydantic import Field
 
@@ -56,8 +57,10 @@ class ClassifierTrainee:
     num_clusters: int
 
     def build_model(self) -> Classifier:
-        backbone, _ = build_backbone(self.settings.backbone, read_uri=read_uri)
-        return Classifier(backbone, self.num_classes, self.num_clusters, dropout=self.settings.dropout)
+        backbone, report = build_backbone(self.settings.backbone, read_uri=read_uri)
+        model = Classifier(backbone, self.num_classes, self.num_clusters, dropout=self.settings.dropout)
+        model.weights_account = report.summary()
+        return model
 
     def make_sample(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         image = decode_image(read_uri(row["uri"]))
@@ -131,6 +134,8 @@ def run(context: StageContext, manifest: Manifest, round_index: int, subcategori
         split = settings.validation_split
         held_out = split is not None and manifest.shard_names(split)
         validation = manifest.rows(str(split), columns=["image_id", "uri", "labels"]) if held_out else None
+        if validation is not None:  # rows whose tags are not known are no negatives
+            validation = validation.filter(pc.greater(pc.list_value_length(validation["labels"]), 0))
         if validation is not None and num_clusters:
             unknown = pa.array([[0] * len(labels) for labels in validation["labels"].to_pylist()], pa.list_(pa.int32()))
             validation = validation.append_column("cluster_ids", unknown)
@@ -153,6 +158,7 @@ def run(context: StageContext, manifest: Manifest, round_index: int, subcategori
             )
         final = {key: value for key, value in result.metrics.items() if isinstance(value, int | float)}
         return {
+            "weights": artifact.folder.read_json("result.json")["weights"],
             "num_images": result.num_images,
             "images_per_s": result.images_per_s,
             "peak_rss_bytes": result.peak_rss_bytes,
@@ -170,7 +176,7 @@ def run(context: StageContext, manifest: Manifest, round_index: int, subcategori
             "settings": settings.model_dump(mode="json", exclude={"compute": True, "optimiser": {"keep_checkpoints"}}),
             "rng_seed": experiment.rng_seed,
             "manifest": manifest.fingerprint,
-            "subcategories": subcategories.fingerprint if subcategories else None,
+            "subcategories": subcategories.output_fingerprint if subcategories else None,
         },
         work=work,
     )

@@ -7,8 +7,10 @@ Runs on: Ray Train workers, data-parallel; in process with segmenter.compute.num
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import pyarrow as pa
 import torch
 
 from cluster.artifacts import Artifact
-from cluster.storage import Storage, read_uri
+from cluster.storage import Storage, StorageError, read_uri
 from cluster.tracking import ChildRun
 from cluster.training import OptimiserSettings, TrainComputeSettings, train
 from jobs.context import StageContext, complete
@@ -27,6 +29,10 @@ from subcat_core.classes import IGNORE, ClassTable
 from subcat_core.images import AugmentSettings, augment, decode_image, decode_mask
 from subcat_core.segmenter import Segmenter, SegmenterSettings, build_segmenter, segmentation_loss
 from subcat_core.settings import Settings
+
+logger = logging.getLogger("subcat")
+
+_MAX_EXAMPLES = 20
 
 
 class SegmenterStageSettings(Settings):
@@ -46,7 +52,9 @@ class SegmenterTrainee:
     num_classes: int
 
     def build_model(self) -> torch.nn.Module:
-        return build_segmenter(self.settings.model, self.num_classes, read_uri=read_uri)[0]
+        model, report = build_segmenter(self.settings.model, self.num_classes, read_uri=read_uri)
+        model.weights_account = report.summary()
+        return model
 
     def make_sample(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         image = decode_image(read_uri(row["uri"]))
@@ -114,6 +122,7 @@ def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact) -> Ar
             )
         log_model(context, manifest, artifact.folder)
         return {
+            "weights": artifact.folder.read_json("result.json")["weights"],
             "num_images": result.num_images,
             "images_per_s": result.images_per_s,
             "peak_rss_bytes": result.peak_rss_bytes,
@@ -128,15 +137,24 @@ def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact) -> Ar
         inputs={
             "settings": settings.model_dump(mode="json", exclude={"compute": True, "optimiser": {"keep_checkpoints"}}),
             "rng_seed": experiment.rng_seed,
-            "pseudo_masks": pseudo_masks.fingerprint,
+            "pseudo_masks": pseudo_masks.output_fingerprint,
         },
         work=work,
     )
 
 
 def log_model(context: StageContext, manifest: Manifest, folder: Storage) -> None:
-    """Put the trained segmenter into MLflow, with signature and an input example."""
-    example = manifest.rows("train", columns=["uri"], limit=1)["uri"][0].as_py()
+    """Put the trained segmenter into MLflow, with signature and the first readable image as input example."""
+    if not context.experiment.tracking.enabled:
+        return
+    example = None
+    for uri in manifest.rows("train", columns=["uri"], limit=_MAX_EXAMPLES)["uri"].to_pylist():
+        with contextlib.suppress(StorageError):
+            example = read_uri(uri)
+            break
+    if example is None:
+        logger.warning("the model is not logged to MLflow: none of the first %d images can be read", _MAX_EXAMPLES)
+        return
     context.tracker.log_model(
         state=folder.read_bytes("model.pt"),
         settings=context.experiment.segmenter.model,
@@ -144,7 +162,7 @@ def log_model(context: StageContext, manifest: Manifest, folder: Storage) -> Non
         base_px=context.experiment.predict.base_px or trained_px(context.experiment.segmenter),
         scales=context.experiment.predict.scales,
         flip=context.experiment.predict.flip,
-        example=read_uri(example),
+        example=example,
     )
 
 

@@ -28,13 +28,15 @@ def validate(
     stream: StreamSettings | None = None,
     progress: Progress | None = None,
     scratch: Storage | None = None,
+    shared_folder: bool = False,
 ) -> list[Problem]:
     """Every problem of a data set; an empty list says that it may be prepared.
 
     source: the settings of `prepare`, a CSV or Parquet table, or the output of a run (its manifest). decode: read and
     decode every image and mask, spread as `stream` says (Ray must run where it has actors); otherwise files need only
-    be there. scratch: an empty folder for passing files, needed on a cluster of several nodes; a temporary one where
-    None. Raises ValueError where `source` is neither a table nor holds a manifest.
+    be there. scratch: an empty folder for passing files; a temporary one where None. A cluster of several nodes needs
+    one on s3://, or shared_folder: every node mounts it. Raises ValueError where `source` is neither a table nor holds
+    a manifest, and where scratch is not empty.
     """
     try:
         opened = _open(source)
@@ -45,7 +47,11 @@ def validate(
         update={"max_bad_frac": 1.0, "gpus_per_actor": 0.0, **({} if decode else {"num_actors": 0})}
     )
     mode: CheckMode = "full" if decode else "exists"
+    if stream.num_actors:
+        check_shared_storage(scratch or Storage(tempfile.gettempdir()), shared_folder and scratch is not None)
     if scratch is not None:
+        if scratch.exists("raw/part-00000.parquet"):
+            raise ValueError(f"{scratch.root}: not empty (it has raw/part-00000.parquet); name an empty scratch folder")
         return _validate(opened, scratch, mode, stream, progress or Progress())
     with tempfile.TemporaryDirectory(prefix="subcat-validate-") as folder:
         return _validate(opened, Storage(folder), mode, stream, progress or Progress())
@@ -63,8 +69,6 @@ def _validate(
     source: ImportSource, scratch: Storage, mode: CheckMode, stream: StreamSettings, progress: Progress
 ) -> list[Problem]:
     """Lists first, then files: problems in this order."""
-    if stream.num_actors:
-        check_shared_storage(scratch)
     log = ProblemLog()
     with progress.stage("read lists", unit="rows") as bar:
         rows = to_raw(checked_rows(source, log, RowCounts(source.classes)), bar)

@@ -29,6 +29,7 @@ class FolderSource(Settings):
     """A folder per class. image_id is the relative path with '.' for '/': cat/001.jpg -> cat.001."""
 
     kind: Literal["folders"] = "folders"
+    """Names this layout: a folder per class."""
     path: str = Field(min_length=1)
     """The folder, or an s3:// prefix."""
     classes: tuple[str, ...] | None = None

@@ -33,6 +33,7 @@ class TableSource(Settings):
     """A table of images. Paths in it are absolute, s3:// URIs, or relative to the table's folder."""
 
     kind: Literal["table"] = "table"
+    """Names this layout: a CSV, TSV or Parquet table."""
     path: str = Field(min_length=1)
     """CSV, TSV or Parquet file, or its s3:// URI."""
     classes: tuple[str, ...] | None = None

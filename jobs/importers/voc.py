@@ -36,6 +36,7 @@ class VocSource(Settings):
     """
 
     kind: Literal["voc"] = "voc"
+    """Names this layout: the VOC layout."""
     path: str = Field(min_length=1)
     """The folder that holds JPEGImages, or its s3:// prefix."""
     classes: tuple[str, ...] = VOC_CLASSES
@@ -49,9 +50,13 @@ class VocSource(Settings):
     labels: str | None = None
     """CSV below `path` with image_id and a 0/1 column a class; null takes labels.csv, and Annotations without it."""
     lists_folder: str = "ImageSets/Segmentation"
+    """Folder of the lists, below `path`."""
     images_folder: str = "JPEGImages"
+    """Folder of the images, below `path`."""
     image_suffix: str = ".jpg"
+    """What follows the image_id in an image's file name."""
     masks_folder: str = "SegmentationClass"
+    """Folder of the masks, below `path`, as <image_id>.png."""
 
     @model_validator(mode="after")
     def _fits(self) -> VocSource:

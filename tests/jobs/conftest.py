@@ -1,5 +1,6 @@
 """A tiny data set and a tiny experiment: the whole pipeline in seconds, on real files."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.cli import execute
+from cluster.storage import Storage
+from jobs import cli
 from jobs.config import parse_experiment
 
 TINY_CLASSES = ("disc", "square")
+Tiny = Callable[..., dict[str, Any]]
+"""The fixture `tiny`: changes of settings -> plain values of an experiment."""
 
 
 def draw_tiny(folder: Path, num_train: int = 12, num_val: int = 4, side: int = 48) -> Path:
@@ -70,6 +74,44 @@ def tiny_values(table: Path, output: str, **changes: Any) -> dict[str, Any]:
     return {**values, **changes}
 
 
+def small_values(table: Path, output: str, **changes: Any) -> dict[str, Any]:
+    """A tiny experiment with a network whose checkpoints are 7 MB and whose whole run takes seconds; one round."""
+    values = tiny_values(table, output, **{"rounds": 0, **changes})
+    backbone = {"name": "timm:mobilenetv2_050", "weights": "none", "output_stride": 16}
+    values["classifier"]["backbone"] = backbone
+    values["segmenter"]["model"]["backbone"] = backbone
+    return values
+
+
+def scores_of(output: str) -> dict[str, Any]:
+    """Folder -> scores.json of every scored stage of a finished run: all that a run says that is no time or memory."""
+    storage = Storage(output)
+    rounds = [f"rounds/{name}/cams" for name in storage.list_folders("rounds")]
+    return {folder: storage.read_json(f"{folder}/scores.json") for folder in [*rounds, "pseudo_masks", "evaluation"]}
+
+
+def write_toml(path: Path, values: dict[str, Any]) -> str:
+    """A config file of these values; returns its path."""
+    path.write_text("".join(f"{key} = {_toml(value)}\n" for key, value in values.items()))
+    return str(path)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(inner)}" for key, inner in value.items()) + "}"
+    return json.dumps(value)  # texts, numbers, booleans and lists of them are written alike in both
+
+
+def call_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the command line in this process; its exit code."""
+    monkeypatch.setattr("sys.argv", ["subcat", *arguments])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
 @pytest.fixture(scope="session")
 def tiny_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """labels.csv of the tiny data set, drawn once a session."""
@@ -80,12 +122,12 @@ def tiny_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished_run(tiny_table: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Output of a tiny run, in process, that nobody disturbed; tests only read it."""
     output = str(tmp_path_factory.mktemp("finished") / "out")
-    execute(parse_experiment(tiny_values(tiny_table, output)), command="subcat run tiny.toml")
+    cli.execute(parse_experiment(tiny_values(tiny_table, output)), command="subcat run tiny.toml")
     return output
 
 
 @pytest.fixture
-def tiny(tiny_table: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def tiny(tiny_table: Path, tmp_path: Path) -> Tiny:
     """Makes the plain values of a tiny experiment whose output is a fresh folder."""
 
     def make(output: str | None = None, **changes: Any) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """The command line: its words are frozen, its errors one message with the right exit code, its commands real."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,18 +10,7 @@ from PIL import Image
 
 from jobs import cli
 from jobs.config import parse_experiment
-
-Tiny = Callable[..., dict[str, Any]]
-
-
-def _call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run the command line in this process; its exit code."""
-    monkeypatch.setattr("sys.argv", ["subcat", *arguments])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+from tests.jobs.conftest import Tiny, call_cli
 
 
 def _toml(folder: Path, table: Path, text: str = "") -> str:
@@ -39,27 +26,28 @@ def _toml(folder: Path, table: Path, text: str = "") -> str:
 def test_the_commands_are_frozen() -> None:
     """A new command needs a decision, not a patch."""
     group = typer.main.get_command(cli.app)
-    assert sorted(group.commands) == ["demo", "evaluate", "predict", "prepare", "report", "run", "validate"]  # type: ignore[attr-defined]
+    commands = ["demo", "evaluate", "predict", "prepare", "report", "results", "run", "validate"]
+    assert sorted(group.commands) == commands  # type: ignore[attr-defined]
 
 
 def test_config_errors_are_one_message_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_table: Path
 ) -> None:
-    assert _call(monkeypatch, "run", str(tmp_path / "none.toml")) == 2
+    assert call_cli(monkeypatch, "run", str(tmp_path / "none.toml")) == 2
     assert "cannot be read" in capsys.readouterr().err
     config = _toml(tmp_path, tiny_table, "roundss = 1")
-    assert _call(monkeypatch, "run", config) == 2
+    assert call_cli(monkeypatch, "run", config) == 2
     told = capsys.readouterr().err
     assert "roundss: unknown key; nearest: rounds" in told
     assert "Traceback" not in told
-    assert _call(monkeypatch, "run", _toml(tmp_path, tiny_table), "--stage", "train") == 2
+    assert call_cli(monkeypatch, "run", _toml(tmp_path, tiny_table), "--stage", "train") == 2
     assert "no such stage" in capsys.readouterr().err
 
 
 def test_dry_run_lists_stages_and_settings_and_does_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_table: Path
 ) -> None:
-    assert _call(monkeypatch, "run", _toml(tmp_path, tiny_table), "--dry-run", "--set", "rounds=1") == 0
+    assert call_cli(monkeypatch, "run", _toml(tmp_path, tiny_table), "--dry-run", "--set", "rounds=1") == 0
     told = capsys.readouterr().out
     assert told.count("to do") == 11
     assert "kmeans.num_clusters = 10" in told
@@ -71,7 +59,7 @@ def test_a_storage_that_cannot_be_written_is_one_line_and_exit_code_1(
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
     blocked = json.dumps(str(tmp_path / "file" / "out"))
-    assert _call(monkeypatch, "prepare", _toml(tmp_path, tiny_table), "--set", f"output={blocked}") == 1
+    assert call_cli(monkeypatch, "prepare", _toml(tmp_path, tiny_table), "--set", f"output={blocked}") == 1
     told = capsys.readouterr().err
     assert "file" in told
     assert "Traceback" not in told
@@ -80,11 +68,11 @@ def test_a_storage_that_cannot_be_written_is_one_line_and_exit_code_1(
 def test_validate_prints_all_problems_with_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_table: Path
 ) -> None:
-    assert _call(monkeypatch, "validate", _toml(tmp_path, tiny_table)) == 0
+    assert call_cli(monkeypatch, "validate", _toml(tmp_path, tiny_table)) == 0
     capsys.readouterr()
     broken = tmp_path / "labels.csv"
     broken.write_text("image,labels\nnone.png,disc\nother.png,\n")
-    assert _call(monkeypatch, "validate", str(broken)) == 2
+    assert call_cli(monkeypatch, "validate", str(broken)) == 2
     told = capsys.readouterr().out
     assert "none.png" in told
     assert "other" in told
@@ -103,7 +91,7 @@ def test_predict_evaluate_and_report_on_a_finished_run(
         Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(tmp_path / "new" / f"photo-{index}.png")
     (tmp_path / "new" / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
     arguments = [str(tmp_path / "new"), "--model", f"{finished_run}/segmenter", "--output", str(masks)]
-    assert _call(monkeypatch, "predict", *arguments, "--max-bad-frac", "0.5") == 0
+    assert call_cli(monkeypatch, "predict", *arguments, "--max-bad-frac", "0.5") == 0
     told = capsys.readouterr().out
     assert "3 masks" in told
     assert "broken.jpg" in told
@@ -112,10 +100,10 @@ def test_predict_evaluate_and_report_on_a_finished_run(
         assert int(np.asarray(mask).max()) <= 2
 
     (tmp_path / "new" / "photo-3.png").write_bytes((tmp_path / "new" / "photo-0.png").read_bytes())
-    assert _call(monkeypatch, "predict", *arguments, "--max-bad-frac", "0.5") == 2, "other images, the same folder"
+    assert call_cli(monkeypatch, "predict", *arguments, "--max-bad-frac", "0.5") == 2, "other images, the same folder"
     assert "images" in capsys.readouterr().err
 
-    assert _call(monkeypatch, "evaluate", finished_run) == 0
+    assert call_cli(monkeypatch, "evaluate", finished_run) == 0
     told = capsys.readouterr().out
     scores = json.loads((Path(finished_run) / "evaluation" / "scores.json").read_text())
     assert f"{scores['splits']['val']['miou']:.3f}" in told
@@ -123,7 +111,9 @@ def test_predict_evaluate_and_report_on_a_finished_run(
     assert "all background" in told
 
     config = _toml(tmp_path, tiny_table)
-    assert _call(monkeypatch, "report", config, "--set", f"output={json.dumps(finished_run)}", "--set", "rounds=1") == 0
+    assert (
+        call_cli(monkeypatch, "report", config, "--set", f"output={json.dumps(finished_run)}", "--set", "rounds=1") == 0
+    )
     assert "index.html" in capsys.readouterr().out
 
 

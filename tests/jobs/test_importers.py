@@ -1,7 +1,6 @@
 """Every layout gives the same kind of rows, and every problem is told with its file and row."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,9 @@ from jobs.importers.rows import (
     is_legal_id,
     resolve_uri,
 )
+from jobs.manifest import open_manifest
 from subcat_core.classes import IGNORE
+from tests.conftest import S3_BUCKET
 
 SOURCE: TypeAdapter = TypeAdapter(Source)
 
@@ -104,18 +105,27 @@ def voc(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _voc(path: Path, **values: Any) -> ImportSource:
+def _annotate(voc: Path) -> None:
+    tags = {"a": ["cat", "cow", "cat"], "b": ["dog", "cat"], "c": ["cow"], "e": ["dog"]}
+    (voc / "Annotations").mkdir()
+    for image_id, names in tags.items():
+        objects = "".join(f"<object><name>{name}</name></object>" for name in names)
+        (voc / f"Annotations/{image_id}.xml").write_text(f"<annotation>{objects}</annotation>")
+
+
+def _voc(path: Path | str, **values: Any) -> ImportSource:
     base = {"classes": ["cat", "dog"], "mask_lists": {"train": "official", "val": "val"}}
     return _open(kind="voc", path=str(path), **{**base, **values})
 
 
-def _voc_rows(voc: Path, source: ImportSource) -> None:
+def _voc_rows(voc: Path | str, source: ImportSource) -> None:
     rows, log = _import(source)
     assert [(row.image_id, row.split, row.labels, row.row) for row in rows] == [
         ("a", "train", (0,), 1),
         ("b", "train", (0, 1), 2),
         ("e", "val", (1,), 1),
     ]
+    assert [row.uri for row in rows] == [f"{voc}/JPEGImages/{name}.jpg" for name in ("a", "b", "e")]
     masks = [row.mask_uri for row in rows]
     assert masks == [f"{voc}/SegmentationClass/a.png", None, f"{voc}/SegmentationClass/e.png"]
     assert log.notes == {"images with none of the classes (left out)": 1}
@@ -131,12 +141,23 @@ def test_voc_with_a_table_of_tags(voc: Path) -> None:
 
 
 def test_voc_with_annotations(voc: Path) -> None:
-    tags = {"a": ["cat", "cow", "cat"], "b": ["dog", "cat"], "c": ["cow"], "e": ["dog"]}
-    (voc / "Annotations").mkdir()
-    for image_id, names in tags.items():
-        objects = "".join(f"<object><name>{name}</name></object>" for name in names)
-        (voc / f"Annotations/{image_id}.xml").write_text(f"<annotation>{objects}</annotation>")
+    _annotate(voc)
     _voc_rows(voc, _voc(voc))
+
+
+@pytest.mark.parametrize("tags", ["table", "annotations"])
+def test_voc_on_s3(s3_server: str, voc: Path, tags: str) -> None:
+    if tags == "table":
+        _table(voc, "image_id,cat,dog,cow", "a,1,0,1", "b,1,1,0", "c,0,0,1", "e,0,1,0")
+    else:
+        _annotate(voc)
+    root = Storage(f"s3://{S3_BUCKET}/voc-{tags}")
+    for path in voc.rglob("*"):
+        if path.is_file():
+            root.upload_file(str(path.relative_to(voc)), path)
+    source = _voc(root.uri())
+    assert root.uri("ImageSets/Segmentation/train.txt") in source.fingerprints
+    _voc_rows(root.uri(), source)
 
 
 def test_voc_names_missing_lists_unknown_classes_and_leaks(voc: Path) -> None:
@@ -177,7 +198,14 @@ def test_problem_log_is_bounded_and_counts_all() -> None:
     assert "and 998 more; `subcat validate` lists all" in format_problems(kept, max_shown=3)
 
 
-def test_list_images_of_folder_file_table_and_manifest(tmp_path: Path, tiny: Callable[..., Any]) -> None:
+def test_list_images_of_a_manifest_are_its_rows(finished_run: str) -> None:
+    rows = open_manifest(Storage(finished_run)).rows(None, columns=["image_id", "uri"]).to_pylist()
+    assert [row["image_id"] for row in rows] == [f"{index:03d}" for index in range(16)]
+    assert list_images(finished_run) == rows  # not the masks and pictures that also lie below the output
+    assert list_images(f"{finished_run}/manifest") == rows
+
+
+def test_list_images_of_folder_file_and_table(tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     (folder / "sub").mkdir(parents=True)
     for name in ("a.png", "a.jpg", "sub/b c.png"):

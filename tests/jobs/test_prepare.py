@@ -16,7 +16,7 @@ from PIL import Image
 
 from cluster.artifacts import ArtifactMismatch
 from cluster.progress import Progress
-from cluster.storage import Storage
+from cluster.storage import Storage, StorageError
 from cluster.streams import StreamSettings
 from jobs import prepare
 from jobs.manifest import Manifest, open_manifest
@@ -161,6 +161,15 @@ def test_bad_images_go_to_quarantine_with_their_reason(data: DataFolder, tmp_pat
         assert quarantine[image_id]["stage"] == "prepare"
         assert re.search(pattern, quarantine[image_id]["reason"])
     assert stats["num_bad"] == 6
+
+
+@pytest.mark.parametrize("broken", ["uri", "mask_uri"])
+def test_a_storage_that_fails_is_no_bad_image(data: DataFolder, broken: str) -> None:
+    data.add("a.png", Image.new("RGB", (4, 4)))
+    row = {"uri": str(data.folder / "a.png"), "mask_uri": None, broken: "/proc/self/mem"}  # EIO, as of a failing disk
+    worker = prepare.CheckWorker(classes=ClassTable(CLASSES), mode="full")
+    with pytest.raises(StorageError, match=r"^/proc/self/mem: cannot read: Input/output error$"):
+        worker._size_or_problem(row)
 
 
 def test_too_many_bad_images_fail_and_a_higher_limit_goes_on(data: DataFolder, tmp_path: Path) -> None:

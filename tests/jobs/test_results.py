@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster.storage import Storage
-from jobs.results import markdown, results_table, scores_of_run
+from jobs.results import curve_markdown, markdown, results_tables, scores_of_run
 
 
 def test_mean_and_spread_by_hand() -> None:
@@ -13,6 +13,12 @@ def test_mean_and_spread_by_hand() -> None:
     table = markdown([{key: 0.4, other: None}, {key: 0.6, other: 0.5}], ["seed 0", "seed 1"])
     assert "| segmenter | val | mIoU | 0.400 | 0.600 | 0.500 | 0.141 |" in table
     assert "| CAM | train | best |  | 0.500 | 0.500 |  |" in table
+
+
+def test_curve_by_hand() -> None:
+    table = curve_markdown({"CAM, round 0": {0.05: [0.2, 0.4], 0.1: [0.5, 0.6]}, "CAM, round 1": {0.1: [0.7]}}, "val")
+    assert table.splitlines()[0] == "| threshold, val | CAM, round 0 | CAM, round 1 |"
+    assert table.splitlines()[2:] == ["| 0.05 | 0.300 |  |", "| 0.10 | 0.550 | 0.700 |"]
 
 
 def test_a_finished_run_gives_every_number(finished_run: str) -> None:
@@ -24,12 +30,12 @@ def test_a_finished_run_gives_every_number(finished_run: str) -> None:
         "segmenter",
         "all background",
     }
-    table = results_table([finished_run, finished_run])
+    table = results_tables([finished_run, finished_run])
     assert table.startswith("| what | split | number | seed 0 | seed 0 | mean | spread |")
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not the output of a run"):
-        results_table([str(tmp_path)])
+        results_tables([str(tmp_path)])
     with pytest.raises(ValueError, match="not a finished run"):
         scores_of_run(Storage(str(tmp_path)))

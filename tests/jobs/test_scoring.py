@@ -4,7 +4,7 @@ import numpy as np
 
 from cluster.streams import ShardSummary
 from jobs.manifest import Manifest, ShardEntry
-from jobs.scoring import confusion_scores, split_confusions, sweep_scores
+from jobs.scoring import SplitConfusions, SplitSweeps, confusion_scores
 from subcat_core.classes import IGNORE, ClassTable
 from subcat_core.metrics import ConfusionMatrix, ThresholdSweep
 
@@ -28,14 +28,14 @@ def test_confusions_merge_by_split_and_shards_without_truth_are_left_out() -> No
     one, two = ConfusionMatrix(2), ConfusionMatrix(2)
     one.update(np.array([[0, 1], [2, 2]], np.uint8), np.array([[0, 1], [1, IGNORE]], np.uint8))
     two.update(np.array([[1]], np.uint8), np.array([[1]], np.uint8))
-    merged = split_confusions(
-        [
-            _summary("part-00000", confusion=one.to_json(), num_scored=2),
-            _summary("part-00001", confusion=two.to_json(), num_scored=1),
-            _summary("part-00002", confusion=two.to_json(), num_scored=0),
-        ],
-        _manifest(None),
-    )
+    confusions = SplitConfusions(_manifest(None))
+    for summary in (
+        _summary("part-00000", confusion=one.to_json(), num_scored=2),
+        _summary("part-00001", confusion=two.to_json(), num_scored=1),
+        _summary("part-00002", confusion=two.to_json(), num_scored=0),
+    ):
+        confusions.add(summary)
+    merged = confusions.by_split
     assert set(merged) == {"train"}
     confusion, num_images = merged["train"]
     assert num_images == 3
@@ -52,9 +52,12 @@ def test_sweep_scores_hold_the_papers_threshold_and_the_best() -> None:
     sweep = ThresholdSweep(2, thresholds)
     cam = np.array([[[0.9, 0.3]]], np.float32)  # one class, two pixels: object and background
     sweep.update(cam, [0], np.array([[1, 0]], np.uint8))
-    scores = sweep_scores([_summary("part-00002", sweep=sweep.to_json(), num_scored=1)], _manifest(None))
-    assert list(scores) == ["val"]
-    val = scores["val"]
+    sweeps = SplitSweeps(_manifest(None))
+    for name in ("part-00000", "part-00001", "part-00002"):
+        sweeps.add(_summary(name, sweep=sweep.to_json(), num_scored=1))
+    assert sweeps.scores()["train"]["num_images"] == 2
+    val = sweeps.scores()["val"]
+    assert val["all_background"]["miou"] == 0.25  # background 1/2, cat 0/1
     assert val["fixed"]["threshold"] == 0.15
     assert val["fixed"]["miou"] == 0.25  # background 0/1, cat 1/2
     assert val["best"] == {
