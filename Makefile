@@ -6,7 +6,8 @@ DATA ?= ../shared/data
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# First-touch memory is slow on virtual machines, and one thread a test process is kinder to 2 cores.
+# Quiet, and one OpenMP thread a process: the tests start many. CUDA_VISIBLE_DEVICES is empty, so tests run on CPUs, unless
+# the caller sets it.
 TEST_ENV := PYTHONWARNINGS=ignore RAY_DISABLE_IMPORT_WARNING=1 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=$(CUDA_VISIBLE_DEVICES)
 
 .PHONY: help install demo test check format bench results peers clean
@@ -38,7 +39,7 @@ format: $(STAMP) ## rewrite the source in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## ratios against peers, side by side in one run
+bench: $(STAMP) ## ratios against peers, side by side in one run (that of the CRF after `make peers`)
 	$(BIN)/python -m benchmarks
 
 peers: $(STAMP) ## build pydensecrf2 (C++ compiler, Python 3.11 or 3.12) and run the tests that compare with it
