@@ -182,7 +182,7 @@ class TrackingClient:
             code = Path(scratch) / "subcat_core"
             shutil.copytree(Path(str(subcat_core.__file__)).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
             with _fluent(self.uri, run_id), warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # advice on type hints, which do not fit these inputs
+                warnings.simplefilter("ignore", UserWarning)  # advice on type hints, as in tracking_model.py
                 logged = mlflow.pyfunc.log_model(
                     name="segmenter",
                     python_model=str(Path(__file__).with_name("tracking_model.py")),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +20,45 @@ from subcat_core.classes import ClassTable
 from subcat_core.images import decode_image, encode_mask
 from subcat_core.segmenter import SegmenterSettings, build_segmenter, predict_mask
 
+with warnings.catch_warnings():
+    # MLflow advises type hints as it sees the class; it would read them as the signature, and these inputs have several
+    # types.
+    warnings.simplefilter("ignore", UserWarning)
 
-class SegmenterModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
-    """Holds the network on the GPU where there is one, else on the CPU."""
+    class SegmenterModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
+        """Holds the network on the GPU where there is one, else on the CPU."""
 
-    def load_context(self, context: Any) -> None:
-        """Rebuild the network from segmenter.json and model.pt (weights only)."""
-        described = json.loads(Path(context.artifacts["segmenter.json"]).read_text())
-        settings = SegmenterSettings.model_validate_json(json.dumps(described["model"]))
-        settings = settings.model_copy(update={"backbone": settings.backbone.model_copy(update={"weights": "none"})})
-        self.classes = ClassTable(tuple(described["classes"]))
-        self.options = {
-            "scales": tuple(described["scales"]),
-            "flip": described["flip"],
-            "base_px": described["base_px"],
-        }
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model, _ = build_segmenter(settings, self.classes.num_classes)
-        state = torch.load(context.artifacts["model.pt"], map_location="cpu", weights_only=True)
-        self.model.load_state_dict(state)
-        self.model.eval().to(self.device)
+        def load_context(self, context: Any) -> None:
+            """Rebuild the network from segmenter.json and model.pt (weights only)."""
+            described = json.loads(Path(context.artifacts["segmenter.json"]).read_text())
+            settings = SegmenterSettings.model_validate_json(json.dumps(described["model"]))
+            settings = settings.model_copy(
+                update={"backbone": settings.backbone.model_copy(update={"weights": "none"})}
+            )
+            self.classes = ClassTable(tuple(described["classes"]))
+            self.options = {
+                "scales": tuple(described["scales"]),
+                "flip": described["flip"],
+                "base_px": described["base_px"],
+            }
+            self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            self.model, _ = build_segmenter(settings, self.classes.num_classes)
+            state = torch.load(context.artifacts["model.pt"], map_location="cpu", weights_only=True)
+            self.model.load_state_dict(state)
+            self.model.eval().to(self.device)
 
-    # No type hints here: MLflow would read them as the model's signature, and these inputs have several types.
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """One indexed PNG (0 background, class_id 1..C) for each image.
+        def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+            """One indexed PNG (0 background, class_id 1..C) for each image.
 
-        model_input: encoded images as a list, an array or the only column of a DataFrame; bytes, or base64 text as
-        JSON requests carry it. Raises ImageError naming what is wrong with an image.
-        """
-        values = model_input.iloc[:, 0] if hasattr(model_input, "iloc") else model_input
-        return [self._mask(_image_bytes(value)) for value in values]
+            model_input: encoded images as a list, an array or the only column of a DataFrame; bytes, or base64 text as
+            JSON requests carry it. Raises ImageError naming what is wrong with an image.
+            """
+            values = model_input.iloc[:, 0] if hasattr(model_input, "iloc") else model_input
+            return [self._mask(_image_bytes(value)) for value in values]
 
-    def _mask(self, data: bytes) -> bytes:
-        mask, _ = predict_mask(self.model, decode_image(data), device=self.device, **self.options)
-        return encode_mask(mask, self.classes.flat_palette())
+        def _mask(self, data: bytes) -> bytes:
+            mask, _ = predict_mask(self.model, decode_image(data), device=self.device, **self.options)
+            return encode_mask(mask, self.classes.flat_palette())
 
 
 def _image_bytes(value: bytes | str) -> bytes:

@@ -78,7 +78,7 @@ class Trainee(Protocol):
         """With its initial weights, on the CPU. Called by every rank; rank 0's weights are what counts."""
 
     def make_sample(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Arrays of fixed shape and dtype (images as uint8) of one row; ImageError or StorageError for a bad image."""
+        """Arrays of fixed shape and dtype (uint8 images) of one row; ImageError or MissingFileError for a bad image."""
 
     def empty_sample(self) -> dict[str, np.ndarray]:
         """What stands in for a bad image, with weight 0: the shapes and dtypes of make_sample."""

@@ -14,6 +14,7 @@ from cluster.runtime import peak_rss_bytes
 from cluster.storage import Storage
 from cluster.streams import ShardSummary
 from cluster.tracking import ChildRun, Tracker
+from cluster.training import TrainResult
 
 if TYPE_CHECKING:
     from jobs.config import Experiment
@@ -88,3 +89,16 @@ def stream_stats(summaries: list[ShardSummary]) -> dict[str, Any]:
         "peak_rss_bytes": max((summary.peak_rss_bytes for summary in summaries), default=0),
         "bad": [dataclasses.asdict(bad) for summary in summaries for bad in summary.bad],
     }
+
+
+def warn_of_loss(context: StageContext, title: str, result: TrainResult) -> None:
+    """Tell of a training that learned nothing: a loss that is finite, and no lower in the last epoch than in the first.
+
+    What such a network makes looks like output, and every stage after it would pass it on.
+    """
+    first, last = result.history[0]["loss"], result.history[-1]["loss"]
+    if len(result.history) > 1 and last >= first:
+        context.progress.note(
+            f"warning: {title}: the loss did not fall ({first:.3g} in the first epoch, {last:.3g} in the last); "
+            "lower optimiser.learning_rate"
+        )

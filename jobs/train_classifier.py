@@ -20,7 +20,7 @@ from cluster.artifacts import Artifact
 from cluster.storage import Storage, read_uri
 from cluster.tracking import ChildRun
 from cluster.training import OptimiserSettings, TrainComputeSettings, train
-from jobs.context import StageContext, complete, round_folder
+from jobs.context import StageContext, complete, round_folder, warn_of_loss
 from jobs.joins import with_column
 from jobs.manifest import Manifest
 from subcat_core.backbones import BackboneSettings, build_backbone, input_statistics
@@ -156,6 +156,7 @@ def run(context: StageContext, manifest: Manifest, round_index: int, subcategori
                     {f"train_classifier/{key}": value for key, value in values.items()}, step
                 ),
             )
+        warn_of_loss(context, title, result)
         final = {key: value for key, value in result.metrics.items() if isinstance(value, int | float)}
         return {
             "weights": artifact.folder.read_json("result.json")["weights"],

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from pydantic import Field
 
 from cluster.artifacts import Artifact
 from cluster.storage import Storage, StorageError, read_uri
 from cluster.tracking import ChildRun
 from cluster.training import OptimiserSettings, TrainComputeSettings, train
-from jobs.context import StageContext, complete
+from jobs.context import StageContext, complete, warn_of_loss
 from jobs.joins import with_column
 from jobs.manifest import Manifest
 from subcat_core.backbones import input_statistics
@@ -35,12 +36,20 @@ logger = logging.getLogger("subcat")
 _MAX_EXAMPLES = 20
 
 
+class SegmenterOptimiserSettings(OptimiserSettings):
+    """As the classifier's, with a smaller step: the heads of a segmenter sum thousands of products an output."""
+
+    learning_rate: float = Field(default=2.5e-4, gt=0)
+    """Of the backbone's weights at step 0 (value of deeplab-pytorch); heads take ten times as much. A loss that rises
+    at first, far above log(C + 1), says that it is too large."""
+
+
 class SegmenterStageSettings(Settings):
     """Architecture and training of the segmenter."""
 
     model: SegmenterSettings = SegmenterSettings()
     augment: AugmentSettings = AugmentSettings()
-    optimiser: OptimiserSettings = OptimiserSettings()
+    optimiser: SegmenterOptimiserSettings = SegmenterOptimiserSettings()
     compute: TrainComputeSettings = TrainComputeSettings()
 
 
@@ -120,6 +129,7 @@ def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact) -> Ar
                     {f"train_segmenter/{key}": value for key, value in values.items()}, step
                 ),
             )
+        warn_of_loss(context, "train segmenter", result)
         log_model(context, manifest, artifact.folder)
         return {
             "weights": artifact.folder.read_json("result.json")["weights"],

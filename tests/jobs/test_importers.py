@@ -154,7 +154,7 @@ def test_voc_on_s3(s3_server: str, voc: Path, tags: str) -> None:
     root = Storage(f"s3://{S3_BUCKET}/voc-{tags}")
     for path in voc.rglob("*"):
         if path.is_file():
-            root.upload_file(str(path.relative_to(voc)), path)
+            root.write_bytes(str(path.relative_to(voc)), path.read_bytes())
     source = _voc(root.uri())
     assert root.uri("ImageSets/Segmentation/train.txt") in source.fingerprints
     _voc_rows(root.uri(), source)

@@ -129,7 +129,7 @@ def test_through_ray_with_two_workers_on_s3(tiny_table: Path, tmp_path: Path, ra
     data = Storage(f"s3://{S3_BUCKET}/tiny-data")
     for path in tiny_table.parent.rglob("*"):
         if path.is_file():
-            data.upload_file(str(path.relative_to(tiny_table.parent)), path)
+            data.write_bytes(str(path.relative_to(tiny_table.parent)), path.read_bytes())
     _, local = _run(_without_chance(str(tiny_table), str(tmp_path / "out")))
     values = _without_chance(data.uri("labels.csv"), f"s3://{S3_BUCKET}/tiny-run", stream={"num_actors": 2})
     parallel = {"num_workers": 2, "input": "ray", "cpus_per_worker": 1.0}
