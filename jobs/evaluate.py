@@ -19,6 +19,7 @@ from jobs.context import StageContext, complete, stream_stats
 from jobs.make_cams import COLUMNS, read_truth
 from jobs.manifest import Manifest
 from jobs.scoring import SplitConfusions, all_background, confusion_scores
+from jobs.train_segmenter import trained_px
 from subcat_core.classes import ClassTable
 from subcat_core.images import ImageError, decode_mask
 from subcat_core.metrics import ConfusionMatrix
@@ -93,7 +94,7 @@ def run(context: StageContext, manifest: Manifest, predictions: Artifact) -> Art
             "crf": "no" if experiment.predict.crf is None else experiment.predict.crf.model_dump(mode="json"),
             "scales": list(experiment.predict.scales),
             "flip": experiment.predict.flip,
-            "base_px": experiment.predict.base_px,
+            "base_px": experiment.predict.base_px or trained_px(experiment.segmenter),
             "weights": experiment.segmenter.model.backbone.weights,
             "rng_seed": experiment.rng_seed,
         }
