@@ -223,6 +223,8 @@ class ChildRun:
     def __init__(self, tracker: Tracker, key: str) -> None:
         self.key = key
         self._tracker = tracker
+        self.told_by_step: set[str] = set()
+        """Metrics that have a step of their own: a single value among them would stand at step 0 of their chart."""
 
     def log_metrics(self, values: Mapping[str, float | None], step: int | None = None) -> None:
         """`stage/metric` -> value at a step (0 without one); None, NaN and infinities are left out.
@@ -232,6 +234,8 @@ class ChildRun:
         """
         numbers = {clean_name(name): float(value) for name, value in values.items() if value is not None}
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        if step is not None:
+            self.told_by_step |= set(numbers)
         if finite:
             self._record("log metrics", lambda client, run_id: client.log_metrics(run_id, finite, step or 0))
 

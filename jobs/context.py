@@ -74,9 +74,8 @@ def complete(
         stats = {"seconds": round(seconds, 2), "resumed": resumed, **measured, **stats}
         if stats.get("num_images") and not resumed:
             stats.setdefault("images_per_s", round(stats["num_images"] / max(seconds, 1e-9), 2))
-        child.log_metrics(
-            {f"{stage}/{key}": float(value) for key, value in stats.items() if isinstance(value, int | float)}
-        )
+        numbers = {f"{stage}/{key}": float(value) for key, value in stats.items() if isinstance(value, int | float)}
+        child.log_metrics({name: value for name, value in numbers.items() if name not in child.told_by_step})
         artifact.commit(stats)
     return artifact
 

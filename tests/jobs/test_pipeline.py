@@ -166,14 +166,12 @@ def _without_chance(table: str, output: str, **changes: Any) -> dict[str, Any]:
 
 
 def _mious(storage: Storage) -> dict[str, float]:
-    """Every mIoU of the final table by stage and split; None, where nothing of a class is there, counts as 0."""
+    """Every mIoU of the final table, by stage, split and threshold."""
     found: dict[str, float] = {}
     for folder, scores in scores_of(storage.root).items():
         for split, score in scores["splits"].items():
-            for kind, part in (
-                (("fixed", score["fixed"]), ("best", score["best"])) if "best" in score else (("", score),)
-            ):
-                found[f"{folder} {split} {kind}"] = part["miou"]
+            for kind in ("fixed", "best") if "best" in score else ("",):
+                found[f"{folder} {split} {kind}"] = (score[kind] if kind else score)["miou"]
     return found
 
 

@@ -4,8 +4,7 @@ import dataclasses
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ from cluster.artifacts import ArtifactMismatch
 from cluster.progress import Progress
 from cluster.storage import Storage, StorageError
 from cluster.streams import StreamSettings
+from cluster.tracking import Tracker, TrackingSettings
 from jobs import prepare
 from jobs.manifest import Manifest, open_manifest
 from jobs.prepare import PrepareSettings
@@ -25,12 +25,6 @@ from subcat_core.classes import ClassTable
 from subcat_core.images import encode_mask
 
 CLASSES = ("cat", "dog")
-
-
-class _Tracker:
-    @contextmanager
-    def child(self, stage: str, round_index: int | None) -> Iterator[Any]:
-        yield SimpleNamespace(log_metrics=lambda values, step=None: None)
 
 
 @dataclasses.dataclass
@@ -79,7 +73,10 @@ def _run(
     settings = PrepareSettings.model_validate_json(json.dumps({"source": source, "rows_per_shard": 3, **values}))
     experiment = SimpleNamespace(prepare=settings, stream=StreamSettings(num_actors=num_actors))
     context: Any = SimpleNamespace(
-        experiment=experiment, storage=output, progress=Progress(io.StringIO()), tracker=_Tracker()
+        experiment=experiment,
+        storage=output,
+        progress=Progress(io.StringIO()),
+        tracker=Tracker(TrackingSettings(enabled=False), output, "prepare"),
     )
     artifact = prepare.run(context)
     return open_manifest(output), artifact.stats()
