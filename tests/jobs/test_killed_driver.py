@@ -68,8 +68,16 @@ class Run:
         return found
 
     def kill(self) -> None:
-        """SIGKILL to the driver and all of its process group, at once."""
+        """SIGKILL to the driver and all of its process group, at once, and to the workers that compute.
+
+        Those have groups of their own, and look for their raylet every few seconds only: a tiny run would be at its end
+        before. Ray's other workers are left to end by themselves.
+        """
+        computing = [each for each in self.members() if each.info["name"].startswith(("ray::RayTrain", "ray::MapWor"))]
         os.killpg(self.process.pid, signal.SIGKILL)
+        for each in computing:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
         self.process.wait()
 
 
