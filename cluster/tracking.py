@@ -158,6 +158,7 @@ class Tracker:
         described = {
             "model": settings.model_dump(mode="json"),
             "classes": list(classes.names),
+            "has_background": classes.has_background,
             "base_px": base_px,
             "scales": list(scales),
             "flip": flip,

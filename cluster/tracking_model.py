@@ -35,11 +35,13 @@ with warnings.catch_warnings():
             settings = settings.model_copy(
                 update={"backbone": settings.backbone.model_copy(update={"weights": "none"})}
             )
-            self.classes = ClassTable(tuple(described["classes"]))
+            background = described.get("has_background", True)
+            self.classes = ClassTable(tuple(described["classes"]), has_background=background)
             self.options = {
                 "scales": tuple(described["scales"]),
                 "flip": described["flip"],
                 "base_px": described["base_px"],
+                "background": background,
             }
             self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             self.model, _ = build_segmenter(settings, self.classes.num_classes)

@@ -46,6 +46,8 @@ Config = Annotated[str, typer.Argument(help="TOML config, a path or an s3:// URI
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting: --set classifier.optimiser.epochs=4")
 ]
+TilePx = Annotated[int | None, typer.Option(help="Cut images into tiles of this side: prepare.tiles.tile_px.")]
+StridePx = Annotated[int | None, typer.Option(help="Pixels between tiles: prepare.tiles.stride_px.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show Ray's own messages, and whole traces of errors.")]
 
 
@@ -93,13 +95,15 @@ def run(
     config: Config,
     set_: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="Stop after the last occurrence of this stage.")] = None,
+    tile_px: TilePx = None,
+    stride_px: StridePx = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the stages and the resolved settings, and exit.")
     ] = False,
     verbose: Verbose = False,
 ) -> None:
     """The main job: every stage of a config, complete ones skipped."""
-    experiment = load_experiment(config, set_ or [])
+    experiment = load_experiment(config, _with_tiles(set_, tile_px, stride_px))
     if stage is not None and stage not in pipeline.STAGES:
         raise ConfigError(f"--stage {stage}: no such stage; one of {', '.join(pipeline.STAGES)}")
     if dry_run:
@@ -109,9 +113,24 @@ def run(
 
 
 @app.command()
-def prepare(config: Config, set_: Overrides = None, verbose: Verbose = False) -> None:
-    """Import and check images and tags: the manifest alone."""
-    execute(load_experiment(config, set_ or []), last_stage="prepare", verbose=verbose, command=_command())
+def prepare(
+    config: Config,
+    set_: Overrides = None,
+    tile_px: TilePx = None,
+    stride_px: StridePx = None,
+    verbose: Verbose = False,
+) -> None:
+    """Import and check images and tags, and cut images into tiles where asked for: the manifest alone."""
+    experiment = load_experiment(config, _with_tiles(set_, tile_px, stride_px))
+    last_stage = "prepare" if experiment.prepare.tiles is None else "cut_tiles"
+    execute(experiment, last_stage=last_stage, verbose=verbose, command=_command())
+
+
+def _with_tiles(overrides: list[str] | None, tile_px: int | None, stride_px: int | None) -> list[str]:
+    """The overrides that --tile-px and --stride-px are short for, and the others."""
+    given = {"tile_px": tile_px, "stride_px": stride_px}
+    tiles = [f"prepare.tiles.{key}={value}" for key, value in given.items() if value is not None]
+    return [*tiles, *(overrides or [])]
 
 
 @app.command(name="validate")
@@ -162,6 +181,12 @@ def predict_command(
     base_px: Annotated[
         int | None, typer.Option(min=16, help="Short side the network sees; default: as in training.")
     ] = None,
+    window_px: Annotated[
+        int | None, typer.Option(min=16, help="Look at large images through windows of this side.")
+    ] = None,
+    window_stride_px: Annotated[
+        int | None, typer.Option(min=1, help="Pixels between windows; default: half a window.")
+    ] = None,
     flip: Annotated[bool, typer.Option(help="Average with the mirrored image.")] = True,
     num_actors: Annotated[int, typer.Option(min=0, help="Ray actors; 0 works in process, without Ray.")] = 0,
     gpus_per_actor: Annotated[float, typer.Option(min=0, help="GPUs an actor asks for.")] = 0.0,
@@ -172,7 +197,9 @@ def predict_command(
     verbose: Verbose = False,
 ) -> None:
     """Masks for images without tags, from a trained segmenter."""
-    settings = predict.PredictSettings(base_px=base_px, flip=flip)
+    settings = predict.PredictSettings(
+        base_px=base_px, flip=flip, window_px=window_px, window_stride_px=window_stride_px
+    )
     stream = StreamSettings(num_actors=num_actors, gpus_per_actor=gpus_per_actor, max_bad_frac=max_bad_frac)
     rows = list_images(images)
     folder = Storage(output)

@@ -12,13 +12,14 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.artifacts import Artifact
+from cluster.image_reading import max_pixels
 from cluster.storage import MissingFileError, Storage, read_uri
 from cluster.streams import BadRow, ShardOutput, map_shards
 from cluster.tracking import ChildRun
 from jobs.context import StageContext, complete, stream_stats
 from jobs.make_cams import COLUMNS, read_truth
 from jobs.manifest import Manifest
-from jobs.scoring import SplitConfusions, all_background, confusion_scores
+from jobs.scoring import SplitConfusions, baseline_scores, confusion_scores
 from jobs.train_segmenter import trained_px
 from subcat_core.classes import ClassTable
 from subcat_core.images import ImageError, decode_mask
@@ -55,7 +56,7 @@ class EvaluateWorker:
                 continue
             try:
                 truth = read_truth(row, self.classes)
-                prediction = decode_mask(read_uri(predicted[row["image_id"]]), self.prediction_lut)
+                prediction = decode_mask(read_uri(predicted[row["image_id"]]), self.prediction_lut, max_pixels(row))
                 confusion.update(prediction, truth)
             except (ImageError, MissingFileError, ValueError) as error:
                 bad.append(BadRow(row["image_id"], row["mask_uri"], str(error)))
@@ -87,18 +88,21 @@ def run(context: StageContext, manifest: Manifest, predictions: Artifact) -> Art
                 stage="evaluate",
                 fold=confusions.add,
             )
+        background = "background and " if manifest.classes.has_background else ""
         protocol = {
             "masks": experiment.evaluation.masks,
             "tags": "not used: the segmenter sees the image alone",
-            "threshold": "none: argmax over background and all classes",
+            "threshold": f"none: argmax over {background}all classes",
             "crf": "no" if experiment.predict.crf is None else experiment.predict.crf.model_dump(mode="json"),
             "scales": list(experiment.predict.scales),
             "flip": experiment.predict.flip,
             "base_px": experiment.predict.base_px or trained_px(experiment.segmenter),
+            "windows": experiment.predict.windows_text(),
             "weights": experiment.segmenter.model.backbone.weights,
             "rng_seed": experiment.rng_seed,
+            **experiment.prepare.protocol(),
         }
-        scores = evaluation_scores(confusions.by_split, protocol)
+        scores = evaluation_scores(confusions.by_split, protocol, manifest.classes)
         artifact.folder.write_json("scores.json", scores)
         child.log_metrics({f"evaluate/miou_{split}": score["miou"] for split, score in scores["splits"].items()})
         return stream_stats(summaries)
@@ -117,13 +121,18 @@ def run(context: StageContext, manifest: Manifest, predictions: Artifact) -> Art
     )
 
 
-def evaluation_scores(confusions: dict[str, tuple[ConfusionMatrix, int]], protocol: dict[str, Any]) -> dict[str, Any]:
-    """scores.json: the segmenter by split, and what calling everything background would have scored."""
+def evaluation_scores(
+    confusions: dict[str, tuple[ConfusionMatrix, int]], protocol: dict[str, Any], classes: ClassTable
+) -> dict[str, Any]:
+    """scores.json: the segmenter by split, and what calling everything background would have scored; where there is no
+    background, what calling everything one of the classes would.
+    """
     splits = {split: confusion_scores(confusion, num) for split, (confusion, num) in confusions.items()}
-    baselines = {
-        split: confusion_scores(all_background(confusion), num) for split, (confusion, num) in confusions.items()
-    }
-    return {"protocol": protocol, "splits": splits, "baselines": {"all_background": baselines}}
+    baselines: dict[str, dict[str, Any]] = {}
+    for split, (confusion, num) in confusions.items():
+        for name, score in baseline_scores(confusion, num, classes).items():
+            baselines.setdefault(name, {})[split] = score
+    return {"protocol": protocol, "splits": splits, "baselines": baselines}
 
 
 def evaluate_folder(
@@ -156,4 +165,4 @@ def evaluate_folder(
         "threshold": "none: the masks are taken as they are",
     }
     protocol = {**(protocol or elsewhere), "num_missing": len(bad)}
-    return evaluation_scores({split: (confusion, num_scored)}, protocol)
+    return evaluation_scores({split: (confusion, num_scored)}, protocol, manifest.classes)

@@ -5,7 +5,8 @@ Writes:  rounds/RR/cams: part-*.parquet (schema CAMS, a quarter of the resolutio
 Runs on: a fixed pool of Ray Data actors, a shard at a time; in process with stream.num_actors = 0
 
 The last round covers the train split, which becomes pseudo masks; earlier rounds only the images with ground truth, so
-that rounds can be compared. Tags gate the maps on every split: no deployable numbers, and the protocol says so.
+that rounds can be compared. Tags gate the maps on every split: no deployable numbers, and the protocol says so. Maps of
+tiles are scored once they are put together to those of whole images.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import torch
 from pydantic import Field
 
 from cluster.artifacts import Artifact
+from cluster.image_reading import max_pixels
 from cluster.storage import MissingFileError, Storage, read_uri
 from cluster.streams import BadRow, ShardOutput, ShardSummary, iter_images, map_shards
 from cluster.tracking import ChildRun
 from jobs.context import StageContext, complete, round_folder, stream_stats
 from jobs.manifest import Manifest
 from jobs.scoring import PAPER_THRESHOLD, SplitSweeps
+from jobs.tile_images import TILE_COLUMNS, TileScorer, tiles_with_masks
 from jobs.train_classifier import ClassifierSettings, load_classifier
 from subcat_core import schemas
 from subcat_core.cam import CamSettings, compute_cams, upsample_cam
@@ -48,7 +51,10 @@ class CamStageSettings(Settings):
     num_thresholds: int = Field(default=60, ge=2, le=1000)
     """Points of the threshold curve between 0 and 1; the paper's 0.15 is always one of them."""
 
-    def thresholds(self) -> list[float]:
+    def thresholds(self, classes: ClassTable) -> list[float]:
+        """Background scores of the curve; without background one that no map is below, so that the largest map wins."""
+        if not classes.has_background:
+            return [-1.0]
         grid = np.round(np.arange(self.num_thresholds) / self.num_thresholds, 4).tolist()
         return sorted({*grid, PAPER_THRESHOLD})
 
@@ -76,20 +82,30 @@ class CamWorker:
         )
 
     def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
-        table = inputs["manifest"]
+        table, images = inputs["manifest"], inputs.get("images")
         if self.only_scored:
-            table = table.filter(table["mask_uri"].is_valid())
-        num_classes, thresholds = self.classes.num_classes, self.settings.thresholds()
+            table = table.filter(table["mask_uri"].is_valid()) if images is None else tiles_with_masks(table, images)
+        num_classes, thresholds = self.classes.num_classes, self.settings.thresholds(self.classes)
         made = _Made(ThresholdSweep(num_classes, thresholds), ThresholdSweep(num_classes, thresholds))
+        if images is not None:
+            made.tiles = TileScorer(
+                table, images, lambda row: read_truth(row, self.classes), made.sweeps(self.settings)
+            )
         waiting: list[tuple[dict[str, Any], np.ndarray]] = []
         for row, image in iter_images(table):
             if isinstance(image, BadRow):
                 made.bad.append(image)
+                if made.tiles is not None:
+                    made.tiles.drop(row["parent_id"])
                 continue
             waiting.append((row, image))
             if len(waiting) == self.settings.batch_size:
                 self._flush(waiting, made)
         self._flush(waiting, made)
+        if made.tiles is not None:
+            made.tiles.finish()
+            made.bad += made.tiles.bad
+            made.num_scored = made.tiles.num_scored
         stats = {"sweep": made.sweep.to_json(), "num_scored": made.num_scored}
         if self.settings.cam.affinity is not None:
             stats["plain_sweep"] = made.plain_sweep.to_json()
@@ -111,6 +127,12 @@ class CamWorker:
                     "cam": stored.ravel(),
                 }
             )
+            size = image.shape[:2]
+            scored = {"sweep": stored.astype(np.float32), "plain_sweep": cam.plain}
+            if made.tiles is not None:
+                sweeps = made.sweeps(self.settings)
+                made.tiles.add(row, present, {name: upsample_cam(scored[name], *size) for name in sweeps})
+                continue
             if not row["mask_uri"] or not present:  # without tags nothing competes with background
                 continue
             try:
@@ -118,10 +140,8 @@ class CamWorker:
             except (ImageError, MissingFileError) as error:
                 made.bad.append(BadRow(row["image_id"], row["mask_uri"], str(error)))
                 continue
-            size = image.shape[:2]
-            made.sweep.update(upsample_cam(stored.astype(np.float32), *size), present, truth)
-            if self.settings.cam.affinity is not None:
-                made.plain_sweep.update(upsample_cam(cam.plain, *size), present, truth)
+            for name, sweep in made.sweeps(self.settings).items():
+                sweep.update(upsample_cam(scored[name], *size), present, truth)
             made.num_scored += 1
         waiting.clear()
 
@@ -135,11 +155,17 @@ class _Made:
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     bad: list[BadRow] = dataclasses.field(default_factory=list)
     num_scored: int = 0
+    tiles: TileScorer | None = None
+
+    def sweeps(self, settings: CamStageSettings) -> dict[str, ThresholdSweep]:
+        """Those that are filled, by their names in the stats."""
+        sweeps = {"sweep": self.sweep}
+        return sweeps if settings.cam.affinity is None else {**sweeps, "plain_sweep": self.plain_sweep}
 
 
 def read_truth(row: dict[str, Any], classes: ClassTable) -> np.ndarray:
     """(H, W) uint8 class ids of a manifest row's ground truth. Raises ImageError or StorageError."""
-    return decode_mask(read_uri(row["mask_uri"]), classes.mask_lut())
+    return decode_mask(read_uri(row["mask_uri"]), classes.mask_lut(), max_pixels(row))
 
 
 def read_cams(table: pa.Table) -> dict[str, tuple[list[int], np.ndarray]]:
@@ -153,11 +179,27 @@ def read_cams(table: pa.Table) -> dict[str, tuple[list[int], np.ndarray]]:
     return cams
 
 
-def run(context: StageContext, manifest: Manifest, round_index: int, classifier: Artifact, *, last: bool) -> Artifact:
-    """CAMs of one round; `last` adds the whole train split."""
+def run(
+    context: StageContext,
+    manifest: Manifest,
+    round_index: int,
+    classifier: Artifact,
+    *,
+    last: bool,
+    images: Manifest | None = None,
+) -> Artifact:
+    """CAMs of one round; `last` adds the whole train split. images: of which `manifest` holds the tiles.
+
+    Raises ValueError for maps that are a softmax over classes beside which there is background.
+    """
     experiment = context.experiment
     settings = experiment.cams
-    scored = set(manifest.shard_names(with_masks=True))
+    if settings.cam.normalise == "softmax" and manifest.classes.has_background:
+        raise ValueError(
+            'cams.cam.normalise = "softmax": an image of one class would be that class all over, and nothing '
+            'background; use "maximum", or a source without background (has_background = false)'
+        )
+    scored = set((images or manifest).shard_names(with_masks=True)) & set(manifest.shard_names())
     train = manifest.shard_names("train")
     shards = sorted(scored | set(train)) if last else sorted(scored)
 
@@ -180,8 +222,8 @@ def run(context: StageContext, manifest: Manifest, round_index: int, classifier:
                     "settings": settings,
                     "only_scored": not last,
                 },
-                inputs={"manifest": manifest.folder},
-                columns={"manifest": COLUMNS},
+                inputs={"manifest": manifest.folder} | ({} if images is None else {"images": images.folder}),
+                columns={"manifest": COLUMNS if images is None else [*COLUMNS, *TILE_COLUMNS], "images": COLUMNS},
                 shards=shards,
                 output=artifact.folder,
                 settings=experiment.stream,
@@ -192,24 +234,26 @@ def run(context: StageContext, manifest: Manifest, round_index: int, classifier:
         protocol = {
             "masks": "CAM against annotated masks; pixels of 255 are skipped",
             "tags": "used: only the tagged classes have maps, on every split",
-            "threshold": "constant background score; best one picked on the split itself",
+            "threshold": "constant background score; best one picked on the split itself"
+            if manifest.classes.has_background
+            else "none: argmax over the tagged classes; the data set has no background",
             "crf": "no",
             "scales": list(settings.cam.scales),
             "flip": settings.cam.flip,
             "base_px": settings.cam.base_px,
             "affinity": "no" if settings.cam.affinity is None else settings.cam.affinity.model_dump(mode="json"),
+            "normalise": settings.cam.normalise,
             "weights": experiment.classifier.backbone.weights,
             "rng_seed": experiment.rng_seed,
+            **experiment.prepare.protocol(),
         }
         scores: dict[str, Any] = {"protocol": protocol, "splits": sweeps.scores()}
         for split, plain in plain_sweeps.scores().items():
-            scores["splits"][split]["plain"] = {key: plain[key] for key in ("fixed", "best", "miou")}
+            scores["splits"][split]["plain"] = {key: plain[key] for key in ("fixed", "best", "miou") if key in plain}
         artifact.folder.write_json("scores.json", scores)
         for split, score in scores["splits"].items():
-            values = {
-                f"make_cams/miou_{split}_best": score["best"]["miou"],
-                f"make_cams/miou_{split}_015": score["fixed"]["miou"],
-            }
+            curve = {"best": score["best"], "015": score["fixed"]} if "best" in score else {"argmax": score}
+            values = {f"make_cams/miou_{split}_{kind}": part["miou"] for kind, part in curve.items()}
             child.log_metrics(values, round_index)
         return stream_stats(summaries)
 

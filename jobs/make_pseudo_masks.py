@@ -19,7 +19,9 @@ from cluster.tracking import ChildRun
 from jobs.context import StageContext, complete, stream_stats
 from jobs.make_cams import COLUMNS, read_cams, read_truth
 from jobs.manifest import Manifest
-from jobs.scoring import SplitConfusions, all_background, confusion_scores
+from jobs.scoring import SplitConfusions, baseline_scores, confusion_scores
+from jobs.tile_images import TILE_COLUMNS
+from jobs.tile_masks import TileMaskWorker
 from subcat_core import schemas
 from subcat_core.classes import ClassTable
 from subcat_core.images import ImageError, encode_mask
@@ -56,7 +58,13 @@ class PseudoMaskWorker:
                 bad.append(BadRow(row["image_id"], row["uri"], "no CAM was made for this image; see make_cams"))
                 continue
             class_indices, cam = cams[row["image_id"]]
-            pseudo = make_pseudo_mask(cam.astype(np.float32), class_indices, image, self.settings.mask)
+            pseudo = make_pseudo_mask(
+                cam.astype(np.float32),
+                class_indices,
+                image,
+                self.settings.mask,
+                has_background=self.classes.has_background,
+            )
             name = f"png/{row['image_id']}.png"
             self.output.write_bytes(name, encode_mask(pseudo.mask, self.classes.flat_palette()))
             made.append(
@@ -86,9 +94,10 @@ class PseudoMaskWorker:
         return ShardOutput(pa.Table.from_pylist(made, schemas.MASKS), bad=bad, stats=stats, num_rows=len(made))
 
 
-def run(context: StageContext, manifest: Manifest, cams: Artifact) -> Artifact:
-    """Pseudo masks of the train split."""
+def run(context: StageContext, manifest: Manifest, cams: Artifact, tiles: Manifest | None = None) -> Artifact:
+    """Pseudo masks of the train split. tiles: of the manifest's images, where the CAMs are theirs (tile_masks.py)."""
     settings = context.experiment.pseudo_masks
+    cut = context.experiment.prepare.segmenter_sees_tiles
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
         confusions, areas = SplitConfusions(manifest), {"coverage": 0.0, "ignored": 0.0}
@@ -99,12 +108,20 @@ def run(context: StageContext, manifest: Manifest, cams: Artifact) -> Artifact:
                 areas[key] += summary.stats[key]
 
         with context.progress.stage("make pseudo masks", total=manifest.num_rows("train"), unit="images") as bar:
+            inputs, shards, options = (
+                {"manifest": manifest.folder},
+                manifest.shard_names("train"),
+                {"settings": settings},
+            )
+            if tiles is not None:
+                inputs, shards = {"images": manifest.folder, "manifest": tiles.folder}, tiles.shard_names("train")
+                options = {"settings": settings.mask, "cut": cut}
             summaries = map_shards(
-                PseudoMaskWorker,
-                {"output": artifact.folder, "classes": manifest.classes, "settings": settings},
-                inputs={"manifest": manifest.folder, "cams": cams.folder},
-                columns={"manifest": COLUMNS},
-                shards=manifest.shard_names("train"),
+                PseudoMaskWorker if tiles is None else TileMaskWorker,
+                {"output": artifact.folder, "classes": manifest.classes, **options},
+                inputs={**inputs, "cams": cams.folder},
+                columns={"manifest": COLUMNS if tiles is None else [*COLUMNS, *TILE_COLUMNS], "images": COLUMNS},
+                shards=shards,
                 output=artifact.folder,
                 settings=context.experiment.stream.model_copy(update={"gpus_per_actor": 0.0}),
                 bar=bar,
@@ -119,17 +136,16 @@ def run(context: StageContext, manifest: Manifest, cams: Artifact) -> Artifact:
         protocol = {
             "masks": "argmax of the pseudo masks against annotated masks, before low confidence becomes 255",
             "tags": "used: only the tagged classes compete",
-            "background": f"(1 - max)^{mask.alpha}"
-            if mask.background == "power"
-            else f"constant {mask.background_score}",
+            "background": _background(mask) if manifest.classes.has_background else "none: every pixel has a class",
             "crf": "no" if mask.crf is None else mask.crf.model_dump(mode="json"),
             "min_confidence": mask.min_confidence,
             "rng_seed": context.experiment.rng_seed,
+            **context.experiment.prepare.protocol(),
         }
         splits = {
             split: {
                 **confusion_scores(confusion, num_scored),
-                "all_background": confusion_scores(all_background(confusion), num_scored),
+                **baseline_scores(confusion, num_scored, manifest.classes),
             }
             for split, (confusion, num_scored) in confusions.by_split.items()
         }
@@ -145,6 +161,11 @@ def run(context: StageContext, manifest: Manifest, cams: Artifact) -> Artifact:
             "settings": settings.model_dump(mode="json"),
             "manifest": manifest.fingerprint,
             "cams": cams.output_fingerprint,
+            **({"masks_of_tiles": True} if cut else {}),
         },
         work=work,
     )
+
+
+def _background(mask: PseudoMaskSettings) -> str:
+    return f"(1 - max)^{mask.alpha}" if mask.background == "power" else f"constant {mask.background_score}"

@@ -83,15 +83,15 @@ class Manifest:
         return table if limit is None else table.slice(0, limit)
 
 
-def open_manifest(storage: Storage) -> Manifest:
-    """The manifest of a run's output (or the manifest folder itself).
+def open_manifest(storage: Storage, stage: str = "prepare") -> Manifest:
+    """The manifest of a run's output (or the manifest folder itself). stage: which stage wrote it.
 
-    Raises ValueError when `prepare` has not been completed there.
+    Raises ValueError when the stage has not been completed there.
     """
     for folder in (storage.child(FOLDER), storage):
         try:
             marker = folder.read_json(MARKER)
-            if marker["inputs"]["stage"] != "prepare":
+            if marker["inputs"]["stage"] != stage:
                 continue
         except (MissingFileError, KeyError):
             continue

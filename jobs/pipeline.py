@@ -1,9 +1,10 @@
 """The ordered stages and the round loop: the whole story on one page.
 
-    prepare
+    prepare -> [cut_tiles]
     round 0..R:  train_classifier -> make_cams (score) and, but for the last round, extract_features -> cluster_features
     make_pseudo_masks -> train_segmenter -> predict -> evaluate -> report
 
+With tiles, the rounds see tiles in place of images, and pseudo masks are of whole images again.
 Every classifier starts from the pretrained weights again; a round hands on only its sub-categories. The last round
 makes none, for nothing would use them.
 """
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from cluster.artifacts import Artifact
 from jobs import (
     cluster_features,
+    cut_tiles,
     evaluate,
     extract_features,
     make_cams,
@@ -51,6 +53,8 @@ class StagePlan:
 def plan(experiment: Experiment) -> list[StagePlan]:
     """The steps of an experiment in order."""
     steps = [StagePlan("prepare", None, "manifest")]
+    if experiment.prepare.tiles is not None:
+        steps.append(StagePlan(cut_tiles.STAGE, None, cut_tiles.FOLDER))
     for index in range(experiment.rounds + 1):
         steps.append(StagePlan("train_classifier", index, round_folder(index, "classifier")))
         steps.append(StagePlan("make_cams", index, round_folder(index, "cams")))
@@ -69,6 +73,7 @@ def plan(experiment: Experiment) -> list[StagePlan]:
 
 STAGES = (
     "prepare",
+    "cut_tiles",
     "train_classifier",
     "make_cams",
     "extract_features",
@@ -84,6 +89,8 @@ STAGES = (
 def run(context: StageContext, last_stage: str | None = None) -> None:
     """Run every stage in order, skipping what is complete; stop after the last occurrence of `last_stage`."""
     names = [step.stage for step in plan(context.experiment)]
+    if last_stage is not None and last_stage not in names:
+        raise ValueError(f"--stage {last_stage}: this run has no such stage; its stages are {', '.join(names)}")
     num_steps = len(names) if last_stage is None else len(names) - names[::-1].index(last_stage)
     config = context.experiment.model_dump(mode="json")
     if not context.storage.exists(CONFIG):
@@ -118,23 +125,31 @@ def _run_stages(context: StageContext) -> Iterator[str]:
     _check_splits(context.experiment, manifest)
     yield "prepare"
 
+    images = tiles = None
+    seen = manifest  # by the rounds
+    if context.experiment.prepare.tiles is not None:
+        images, seen = manifest, cut_tiles.run(context, manifest)
+        tiles = seen
+        yield "cut_tiles"
+
     subcategories: Artifact | None = None
     for round_index in range(context.experiment.rounds + 1):
         last = round_index == context.experiment.rounds
         in_round = context.for_round(round_index)
-        classifier = train_classifier.run(in_round, manifest, round_index, subcategories)
+        classifier = train_classifier.run(in_round, seen, round_index, subcategories)
         yield "train_classifier"
-        cams = make_cams.run(in_round, manifest, round_index, classifier, last=last)
+        cams = make_cams.run(in_round, seen, round_index, classifier, last=last, images=images)
         yield "make_cams"
         if not last:
-            features = extract_features.run(in_round, manifest, round_index, classifier)
+            features = extract_features.run(in_round, seen, round_index, classifier)
             yield "extract_features"
-            subcategories = cluster_features.run(in_round, manifest, round_index, features)
+            subcategories = cluster_features.run(in_round, seen, round_index, features)
             yield "cluster_features"
 
-    pseudo_masks = make_pseudo_masks.run(context, manifest, cams)
+    pseudo_masks = make_pseudo_masks.run(context, manifest, cams, tiles)
     yield "make_pseudo_masks"
-    segmenter = train_segmenter.run(context, manifest, pseudo_masks)
+    on_tiles = tiles if context.experiment.prepare.segmenter_sees_tiles else None
+    segmenter = train_segmenter.run(context, manifest, pseudo_masks, on_tiles)
     yield "train_segmenter"
     predictions = predict.run(context, manifest, segmenter)
     yield "predict"

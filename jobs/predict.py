@@ -7,14 +7,16 @@ Runs on: a fixed pool of Ray Data actors, a shard at a time; in process with str
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.artifacts import Artifact, fingerprint
+from cluster.image_reading import read_image
 from cluster.progress import Progress
 from cluster.storage import Storage
 from cluster.streams import BadRow, ShardOutput, StreamSettings, iter_images, map_shards
@@ -28,6 +30,9 @@ from subcat_core.crf import CrfSettings
 from subcat_core.images import encode_mask
 from subcat_core.segmenter import predict_mask
 from subcat_core.settings import Settings
+from subcat_core.windows import predict_windows
+
+_MAX_WINDOWED_PIXELS = 2**30  # of an image that is looked at through windows; takes 16 bytes a pixel
 
 
 class PredictSettings(Settings):
@@ -41,9 +46,35 @@ class PredictSettings(Settings):
     """Look at each scale mirrored as well: twice the time."""
     base_px: int | None = Field(default=None, ge=16)
     """Short side the images are brought to before scaling; None: the middle of the training sizes. Masks come back at
-    the image's own size."""
+    the image's own size. With windows: the short side that a window is brought to."""
+    window_px: int | None = Field(default=None, ge=16)
+    """Look at an image through windows of this side, in its own pixels, and average class probabilities where they
+    overlap; bounds memory for large images, which are then read one at a time. None: the whole image at once."""
+    window_stride_px: int | None = Field(default=None, ge=1)
+    """Steps between windows; None: half a window."""
     crf: CrfSettings | None = None
-    """Dense CRF on the averaged probabilities; none: the network alone decides. The model in MLflow never has one."""
+    """Dense CRF on the averaged probabilities, with windows on each of them; none: the network alone decides. The model
+    in MLflow never has one."""
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> PredictSettings:
+        if self.window_stride_px is not None and (self.window_px is None or self.window_stride_px > self.window_px):
+            raise ValueError(
+                f"window_stride_px = {self.window_stride_px} with window_px = {self.window_px}: windows would leave "
+                "gaps; give window_px, and a stride that is no longer"
+            )
+        return self
+
+    def windows_text(self) -> str:
+        """For the protocol."""
+        if self.window_px is None:
+            return "no: the whole image at once"
+        return f"{self.window_px} px at stride {self.stride_px} px, probabilities averaged"
+
+    @property
+    def stride_px(self) -> int:
+        """Steps between windows."""
+        return self.window_stride_px or max(1, (self.window_px or 0) // 2)
 
 
 class PredictWorker:
@@ -60,19 +91,11 @@ class PredictWorker:
     def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
         bad: list[BadRow] = []
         made: list[dict[str, Any]] = []
-        for row, image in iter_images(inputs["manifest"]):
+        for row, image in self._images(inputs["manifest"]):
             if isinstance(image, BadRow):
                 bad.append(image)
                 continue
-            mask, confidence = predict_mask(
-                self.model,
-                image,
-                scales=self.settings.scales,
-                flip=self.settings.flip,
-                base_px=self.base_px,
-                crf=self.settings.crf,
-                device=self.device,
-            )
+            mask, confidence = self._predict(image)
             name = f"png/{row['image_id']}.png"
             self.output.write_bytes(name, encode_mask(mask, self.classes.flat_palette()))
             present = np.unique(mask)
@@ -87,6 +110,28 @@ class PredictWorker:
                 }
             )
         return ShardOutput(pa.Table.from_pylist(made, schemas.MASKS), bad=bad, stats={}, num_rows=len(made))
+
+    def _images(self, table: pa.Table) -> Iterator[tuple[dict[str, Any], np.ndarray | BadRow]]:
+        """Read ahead, or with windows one by one: then images may be large."""
+        if self.settings.window_px is None:
+            return iter_images(table)
+        return ((row, read_image(row, _MAX_WINDOWED_PIXELS)) for row in table.to_pylist())
+
+    def _predict(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mask and confidence, both (H, W)."""
+        settings = self.settings
+        options: dict[str, Any] = {
+            "scales": settings.scales,
+            "flip": settings.flip,
+            "base_px": self.base_px,
+            "background": self.classes.has_background,
+            "crf": settings.crf,
+            "device": self.device,
+        }
+        if settings.window_px is None:
+            return predict_mask(self.model, image, **options)
+        windows = {"window_px": settings.window_px, "stride_px": settings.stride_px}
+        return predict_windows(self.model, image, self.classes.num_classes, **windows, **options)
 
 
 def run(context: StageContext, manifest: Manifest, segmenter: Artifact) -> Artifact:

@@ -25,13 +25,14 @@ from cluster.storage import MissingFileError, Storage, read_uri
 from cluster.streams import BadRow, ShardOutput, ShardSummary, map_shards
 from cluster.tracking import ChildRun
 from jobs.context import StageContext, complete, stream_stats
+from jobs.cut_tiles import TileSettings
 from jobs.importers import ImportSource, Source, open_source, problems
 from jobs.importers.problems import Problem, ProblemLog, format_problems
 from jobs.importers.rows import ImportRow, RowCounts, check_counts, checked_rows
 from jobs.manifest import FOLDER, MARKER, QUARANTINE, ShardEntry, write_index, write_shards
 from subcat_core import schemas
 from subcat_core.classes import ClassTable
-from subcat_core.images import ImageError, MaskValueError, decode_image, decode_mask, read_size
+from subcat_core.images import MAX_PIXELS, ImageError, MaskValueError, decode_image, decode_mask, read_size
 from subcat_core.settings import Settings
 
 RAW = "raw"
@@ -54,6 +55,26 @@ class PrepareSettings(Settings):
     """full decodes every image and mask; header reads sizes alone, and leaves broken pixels to later stages."""
     max_bad_frac: float = Field(default=0.02, ge=0, le=1)
     """Share of the images that may go to quarantine before the stage fails."""
+    tiles: TileSettings | None = None
+    """Cut images into tiles, which learn from tags in their place; none: whole images."""
+
+    @property
+    def needs_tags(self) -> bool:
+        """Whether every training image must have a tag; not where its tiles have tags of their own."""
+        return self.tiles is None or self.tiles.needs_image_tags
+
+    @property
+    def segmenter_sees_tiles(self) -> bool:
+        """Whether the segmenter trains on tiles in place of whole images."""
+        return self.tiles is not None and self.tiles.segmenter_sees == "tiles"
+
+    def protocol(self) -> dict[str, str]:
+        """What must be said of the tiles beside every score."""
+        return {} if self.tiles is None else self.tiles.protocol()
+
+    def check_options(self) -> dict[str, int]:
+        """Of CheckWorker: images that will be cut may be large, and are then checked one at a time."""
+        return {} if self.tiles is None else {"max_pixels": self.tiles.max_image_px, "num_threads": 1}
 
 
 class CheckWorker:
@@ -63,14 +84,18 @@ class CheckWorker:
     with the rule; stats: class_counts (C), num_masks, digest of the rows, and places (file, row) of the bad ones.
     """
 
-    def __init__(self, *, classes: ClassTable, mode: CheckMode) -> None:
+    def __init__(
+        self, *, classes: ClassTable, mode: CheckMode, max_pixels: int = MAX_PIXELS, num_threads: int = _THREADS
+    ) -> None:
         self.num_classes = classes.num_classes
         self.lut = classes.mask_lut()
         self.mode = mode
+        self.max_pixels = max_pixels
+        self.num_threads = num_threads
 
     def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
         rows = inputs["raw"].to_pylist()
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="check") as pool:
+        with ThreadPoolExecutor(self.num_threads, thread_name_prefix="check") as pool:
             sizes = list(pool.map(self._size_or_problem, rows))
         kept, bad, places = [], [], []
         for row, size in zip(rows, sizes, strict=True):
@@ -101,7 +126,8 @@ class CheckWorker:
             return None, None
         try:
             data = read_uri(row["uri"])
-            size = read_size(data) if self.mode == "header" else decode_image(data).shape[:2]
+            header = self.mode == "header"
+            size = read_size(data, self.max_pixels) if header else decode_image(data, self.max_pixels).shape[:2]
         except MissingFileError as error:
             return Problem(problems.MISSING_FILE, str(error))
         except ImageError as error:
@@ -112,12 +138,12 @@ class CheckWorker:
     def _mask_problem(self, uri: str, size: tuple[int, ...]) -> Problem | None:
         try:
             data = read_uri(uri)
-            mask_size = read_size(data)
+            mask_size = read_size(data, self.max_pixels)
             if mask_size != tuple(size):
                 message = f"{uri}: the mask has {mask_size[0]} x {mask_size[1]} px, its image {size[0]} x {size[1]}"
                 return Problem(problems.MASK_SIZE, message)
             if self.mode == "full":
-                decode_mask(data, self.lut)
+                decode_mask(data, self.lut, self.max_pixels)
         except MissingFileError as error:
             return Problem(problems.MISSING_FILE, str(error))
         except MaskValueError as error:
@@ -135,20 +161,22 @@ def run(context: StageContext) -> Artifact:
     settings = context.experiment.prepare
     source = open_source(settings.source)
     inputs = {
-        "settings": settings.model_dump(mode="json", exclude={"max_bad_frac"}),
+        "settings": settings.model_dump(mode="json", exclude={"max_bad_frac", "tiles"}),
         "lists": dict(source.fingerprints),
     }
+    if settings.tiles is not None:  # what else they say is of cut_tiles
+        inputs["settings"] |= {"max_image_px": settings.tiles.max_image_px, "needs_tags": settings.needs_tags}
     _forget_unfinished(context.storage, inputs)
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
         raw = artifact.folder.child(RAW)
         with context.progress.stage("import", unit="rows") as bar:
-            imported = _import(source, raw, settings.rows_per_shard, bar)
+            imported = _import(source, raw, settings, bar)
         shards = [ShardEntry(**entry) for entry in imported["shards"]]
         with context.progress.stage("prepare", total=sum(shard.num_rows for shard in shards), unit="images") as bar:
             summaries = map_shards(
                 CheckWorker,
-                {"classes": source.classes, "mode": settings.decode},
+                {"classes": source.classes, "mode": settings.decode, **settings.check_options()},
                 inputs={"raw": raw},
                 shards=[shard.name for shard in shards],
                 output=artifact.folder,
@@ -201,14 +229,15 @@ def to_raw(rows: Iterable[ImportRow], bar: StageBar | None = None) -> Iterator[d
             bar.advance()
 
 
-def _import(source: ImportSource, raw: Storage, rows_per_shard: int, bar: StageBar) -> dict[str, Any]:
+def _import(source: ImportSource, raw: Storage, settings: PrepareSettings, bar: StageBar) -> dict[str, Any]:
     """Write the raw shards, or find them whole: {"shards": [...], "notes": {...}}."""
     if raw.exists(_IMPORTED):
         imported: dict[str, Any] = raw.read_json(_IMPORTED)
         bar.skip(sum(entry["num_rows"] for entry in imported["shards"]))
         return imported
     log, counts = ProblemLog(), RowCounts(source.classes)
-    entries = write_shards(raw, to_raw(checked_rows(source, log, counts), bar), rows_per_shard, RAW_SCHEMA)
+    rows = to_raw(checked_rows(source, log, counts, needs_tags=settings.needs_tags), bar)
+    entries = write_shards(raw, rows, settings.rows_per_shard, RAW_SCHEMA)
     if log.has_errors:
         raise ValueError(f"{source.file}: {format_problems(log.problems(), max_shown=_MAX_SHOWN)}")
     imported = {"shards": [dataclasses.asdict(entry) for entry in entries], "notes": log.notes}

@@ -18,6 +18,7 @@ from pydantic import Field
 from cluster.storage import Storage
 from cluster.tracking_client import safe_text
 from jobs import report_page, report_sections, report_stages
+from jobs.cut_tiles import has_tiles, open_tiles
 from jobs.manifest import open_manifest
 from jobs.report_gallery import make_galleries
 from jobs.report_numbers import RunNumbers, read_numbers
@@ -92,10 +93,11 @@ def _make(storage: Storage, experiment: Experiment, command: str) -> tuple[RunNu
     numbers = read_numbers(storage, manifest, experiment.rounds, settings.max_bad_images)
     reader = PictureReader(storage, manifest, settings.panel_px)
     examples = choose_examples(reader, numbers, settings, range(experiment.rounds + 1))
+    seen = open_tiles(storage) if has_tiles(storage) else manifest
     galleries = make_galleries(
         storage,
         numbers.subcategories,
-        manifest.shard_names("train"),
+        seen,
         num_nearest=settings.num_nearest,
         max_rows=settings.gallery_rows,
         max_tiles=settings.max_tiles,
@@ -135,8 +137,8 @@ def headline_metrics(numbers: RunNumbers) -> dict[str, float | None]:
     values: dict[str, float | None] = {}
     if numbers.cams:
         for split, score in numbers.cams[max(numbers.cams)]["splits"].items():
-            values[f"final/cam_miou_{split}_best"] = score["best"]["miou"]
-            values[f"final/cam_miou_{split}_015"] = score["fixed"]["miou"]
+            curve = {"best": score["best"], "015": score["fixed"]} if "best" in score else {"argmax": score}
+            values |= {f"final/cam_miou_{split}_{kind}": part["miou"] for kind, part in curve.items()}
     for name, scores in (("pseudo_mask", numbers.pseudo_masks), ("segmenter", numbers.evaluation)):
         for split, score in ((scores or {}).get("splits") or {}).items():
             values[f"final/{name}_miou_{split}"] = score["miou"]

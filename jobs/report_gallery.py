@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.storage import Storage, StorageError, read_uri
+from jobs.manifest import Manifest
 from subcat_core.images import ImageError, decode_image
 from subcat_core.overlays import data_uri, square, to_jpeg
 
@@ -44,13 +45,13 @@ class Gallery:
 def make_galleries(
     storage: Storage,
     results: dict[int, dict[str, Any]],
-    shard_names: Sequence[str],
+    manifest: Manifest,
     *,
     num_nearest: int,
     max_rows: int,
     max_tiles: int,
 ) -> list[Gallery]:
-    """A gallery a round that has sub-categories. results: result.json by round.
+    """A gallery a round that has sub-categories. results: result.json by round. manifest: what was clustered.
 
     At most max_tiles pictures on the whole page: then fewer a cluster, and then only the last rounds.
     """
@@ -60,9 +61,10 @@ def make_galleries(
         rounds = rounds[1:]
     total = sum(num_clusters[index] for index in rounds)
     num_shown = max(1, min(num_nearest, max_tiles // max(total, 1)))
-    found = {index: nearest_rows(storage, index, shard_names, num_shown, max_rows) for index in rounds}
+    names = manifest.shard_names("train")
+    found = {index: nearest_rows(storage, index, names, num_shown, max_rows) for index in rounds}
     wanted = {(row[1], row[2]) for near, _ in found.values() for rows in near.values() for row in rows}
-    pictures = _pictures(uris_of(storage, wanted))
+    pictures = _pictures(uris_of(manifest.folder, wanted))
     return [_gallery(index, results[index]["counts"], *found[index], pictures, max_tiles) for index in rounds]
 
 
@@ -142,14 +144,14 @@ def _nearest_in_shard(table: pa.Table, name: str, num_nearest: int) -> dict[tupl
     return found
 
 
-def uris_of(storage: Storage, wanted: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """image_id -> uri for (image_id, shard) pairs, reading each shard once."""
+def uris_of(folder: Storage, wanted: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """image_id -> uri for (image_id, shard) pairs of a manifest's folder, reading each shard once."""
     by_shard: dict[str, set[str]] = {}
     for image_id, shard in wanted:
         by_shard.setdefault(shard, set()).add(image_id)
     found: dict[str, str] = {}
     for shard, ids in sorted(by_shard.items()):
-        table = storage.read_table(f"manifest/{shard}.parquet", columns=["image_id", "uri"])
+        table = folder.read_table(f"{shard}.parquet", columns=["image_id", "uri"])
         kept = table.filter(pc.is_in(table["image_id"], pa.array(sorted(ids))))
         found.update(zip(kept["image_id"].to_pylist(), kept["uri"].to_pylist(), strict=True))
     return found

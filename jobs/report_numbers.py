@@ -108,7 +108,7 @@ def _by_round(storage: Storage, rounds: range, name: str) -> dict[int, dict[str,
 
 def _stages(storage: Storage, num_rounds: int) -> list[StageRecord]:
     """Records of the complete stages, in the order in which they ran."""
-    steps: list[tuple[str, int | None, str]] = [("prepare", None, "manifest")]
+    steps: list[tuple[str, int | None, str]] = [("prepare", None, "manifest"), ("cut_tiles", None, "tiles")]
     for index in range(num_rounds + 1):
         steps += [(stage, index, f"rounds/{index:02d}/{folder}") for stage, folder in _ROUND_STAGES]
     steps += [(stage, None, folder) for stage, folder in _LAST_STAGES]

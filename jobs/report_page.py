@@ -68,6 +68,10 @@ def cards(numbers: RunNumbers) -> str:
     if numbers.cams:
         last = max(numbers.cams)
         for split, of_split in numbers.cams[last]["splits"].items():
+            if "best" not in of_split:
+                told = f"{split}, round {last}, largest map"
+                made.append(_card("CAM mIoU", number(of_split["miou"]), told, True))
+                continue
             best, fixed = of_split["best"], of_split["fixed"]
             at_fixed = f"{number(fixed['miou'])} at {fixed['threshold']:g}"
             told = f"{split}, round {last}, best threshold {best['threshold']:.2f}; {at_fixed}"
@@ -99,7 +103,8 @@ def duration(seconds: float) -> str:
 def scores_section(numbers: RunNumbers) -> str:
     """Curves, the table by round, IoU by class, and the protocol of each number."""
     splits = sorted({split for scores in numbers.cams.values() for split in scores["splits"]})
-    parts = [_curves(numbers, split) for split in splits]
+    curved = sorted({s for scores in numbers.cams.values() for s, v in scores["splits"].items() if "best" in v})
+    parts = [_curves(numbers, split) for split in curved]
     if not splits and not _has_splits(numbers.pseudo_masks) and not _has_splits(numbers.evaluation):
         parts.append('<p class="soft">No image of this run has ground truth, so there is nothing to score.</p>')
     parts += [_class_table(numbers), _protocols(numbers)]
@@ -144,11 +149,13 @@ def _class_table(numbers: RunNumbers) -> str:
     """IoU by class, a column a scored thing; the mean in the last row."""
     columns: list[tuple[str, dict[str, Any]]] = []
     for index, scores in sorted(numbers.cams.items()):
-        columns += [(f"CAM, round {index}<br>{esc(s)}, best", v["best"]) for s, v in scores["splits"].items()]
+        for s, v in scores["splits"].items():
+            columns.append((f"CAM, round {index}<br>{esc(s)}{', best' if 'best' in v else ''}", v.get("best", v)))
     for title, scores_ in (("Pseudo masks", numbers.pseudo_masks), ("Segmenter", numbers.evaluation)):
         columns += [(f"{title}<br>{esc(s)}", v) for s, v in ((scores_ or {}).get("splits") or {}).items()]
-    baseline = ((numbers.evaluation or {}).get("baselines") or {}).get("all_background") or {}
-    columns += [(f"All background<br>{esc(s)}", v) for s, v in baseline.items()]
+    for name, baseline in ((numbers.evaluation or {}).get("baselines") or {}).items():
+        title = esc(name.replace("all_", "All ", 1))
+        columns += [(f"{title}<br>{esc(s)}", v) for s, v in baseline.items()]
     if not columns:
         return ""
     names = ("background", *numbers.classes.names)

@@ -35,11 +35,16 @@ def scores_of_run(storage: Storage) -> dict[Line, float | None]:
     lines: dict[Line, float | None] = {}
     for index, cams in enumerate(_cams(storage)):
         for split, score in cams["splits"].items():
-            lines.setdefault(("all background", split, "mIoU"), score["all_background"]["miou"])
+            for key in score:
+                if key.startswith("all_"):
+                    lines.setdefault((key.replace("all_", "all ", 1), split, "mIoU"), score[key]["miou"])
             kinds = [("spread CAM", score)] if "plain" in score else [("CAM", score)]
             kinds = [("CAM", score["plain"]), *kinds] if "plain" in score else kinds
             for kind, curve in kinds:
                 name = f"{kind}, round {index}" + (" (parents only)" if index == 0 else "")
+                if "fixed" not in curve:  # no background, so no threshold
+                    lines[(name, split, "mIoU")] = curve["miou"]
+                    continue
                 lines[(name, split, f"at {curve['fixed']['threshold']:.2f}")] = curve["fixed"]["miou"]
                 lines[(name, split, "at best threshold")] = curve["best"]["miou"]
                 lines[(name, split, "best threshold")] = curve["best"]["threshold"]
@@ -79,6 +84,8 @@ def _curves(storages: Sequence[Storage]) -> dict[str, dict[str, Curve]]:
     for storage in storages:
         for index, cams in enumerate(_cams(storage)):
             for split, score in cams["splits"].items():
+                if "thresholds" not in score:
+                    continue
                 kinds = {"CAM": score["plain"]["miou"], "spread CAM": score["miou"]} if "plain" in score else None
                 for kind, values in (kinds or {"CAM": score["miou"]}).items():
                     curve = curves.setdefault(split, {}).setdefault(f"{kind}, round {index}", {})

@@ -6,7 +6,7 @@ from typing import Any
 
 from cluster.streams import ShardSummary
 from jobs.manifest import Manifest
-from subcat_core.classes import BACKGROUND
+from subcat_core.classes import BACKGROUND, ClassTable
 from subcat_core.metrics import ConfusionMatrix, ThresholdSweep
 
 PAPER_THRESHOLD = 0.15
@@ -48,6 +48,7 @@ class SplitSweeps:
 
     def __init__(self, manifest: Manifest, key: str = "sweep") -> None:
         self._key = key
+        self._classes = manifest.classes
         self._split_of = {shard.name: shard.split for shard in manifest.shards}
         self._merged: dict[str, tuple[ThresholdSweep, int]] = {}
 
@@ -63,12 +64,19 @@ class SplitSweeps:
             self._merged[split] = (sweep, before + num_scored)
 
     def scores(self) -> dict[str, Any]:
-        """By split: the whole curve, the paper's threshold, the best one, and all background."""
-        return {split: _sweep_scores(sweep, num_images) for split, (sweep, num_images) in sorted(self._merged.items())}
+        """By split: the whole curve, the paper's threshold, the best one, and the baselines; without background, the
+        maps' argmax in place of the curve.
+        """
+        return {
+            split: _sweep_scores(sweep, num_images, self._classes)
+            for split, (sweep, num_images) in sorted(self._merged.items())
+        }
 
 
-def _sweep_scores(sweep: ThresholdSweep, num_images: int) -> dict[str, Any]:
+def _sweep_scores(sweep: ThresholdSweep, num_images: int, classes: ClassTable) -> dict[str, Any]:
     confusions = sweep.confusions()
+    if not classes.has_background:
+        return {**confusion_scores(confusions[0], num_images), **baseline_scores(confusions[0], num_images, classes)}
     curve = [confusion.miou() for confusion in confusions]
     best = max(range(len(curve)), key=lambda index: (curve[index], -index))
     fixed = min(range(len(curve)), key=lambda index: abs(sweep.thresholds[index] - PAPER_THRESHOLD))
@@ -78,14 +86,27 @@ def _sweep_scores(sweep: ThresholdSweep, num_images: int) -> dict[str, Any]:
         "miou": [_number(value) for value in curve],
         "fixed": {"threshold": sweep.thresholds[fixed], **confusion_scores(confusions[fixed], num_images)},
         "best": {"threshold": sweep.thresholds[best], **confusion_scores(confusions[best], num_images)},
-        "all_background": confusion_scores(all_background(confusions[fixed]), num_images),
+        **baseline_scores(confusions[fixed], num_images, classes),
     }
+
+
+def baseline_scores(confusion: ConfusionMatrix, num_images: int, classes: ClassTable) -> dict[str, Any]:
+    """What a prediction that looks at nothing would have scored: {"all_background": ...}, or where there is no
+    background one a class, {"all_gland": ...}.
+    """
+    ids = {"background": BACKGROUND} if classes.has_background else {n: i for i, n in enumerate(classes.names, 1)}
+    return {f"all_{name}": confusion_scores(all_of_one(confusion, i), num_images) for name, i in ids.items()}
 
 
 def all_background(confusion: ConfusionMatrix) -> ConfusionMatrix:
     """The matrix of a prediction that is background everywhere, from the row sums (pixels by true class)."""
+    return all_of_one(confusion, BACKGROUND)
+
+
+def all_of_one(confusion: ConfusionMatrix, class_id: int) -> ConfusionMatrix:
+    """The matrix of a prediction that is one class everywhere, from the row sums (pixels by true class)."""
     result = ConfusionMatrix(confusion.num_classes)
-    result.counts[:, BACKGROUND] = confusion.counts.sum(axis=1)
+    result.counts[:, class_id] = confusion.counts.sum(axis=1)
     return result
 
 

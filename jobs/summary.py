@@ -85,7 +85,8 @@ def print_scores(scores: dict[str, Any], class_names: tuple[str, ...], console: 
         table.add_section()
         table.add_row("mIoU", _text(score["miou"]))
         table.add_row("pixel accuracy", _text(score["pixel_accuracy"]))
-        table.add_row("all background, mIoU", _text(scores["baselines"]["all_background"][split]["miou"]))
+        for name, baseline in scores["baselines"].items():
+            table.add_row(f"{name.replace('all_', 'all ', 1)}, mIoU", _text(baseline[split]["miou"]))
         console.print(table)
     for key, value in scores["protocol"].items():
         console.print(f"{key}: {value}", highlight=False)
@@ -134,8 +135,9 @@ def _scores(storage: Storage, step: StagePlan) -> list[tuple[str, str, str, str,
                 part = curve[kind]
                 rows.append((what, split, num_images, _text(part["miou"]), f"{part['threshold']:.2f}{remark}"))
         if step.stage == "evaluate":
-            baseline = scores["baselines"]["all_background"][split]
-            rows.append(("all background", split, str(score["num_images"]), _text(baseline["miou"]), ""))
+            for key, baseline in scores["baselines"].items():
+                miou = _text(baseline[split]["miou"])
+                rows.append((key.replace("all_", "all ", 1), split, str(score["num_images"]), miou, ""))
     return rows
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from pydantic import Field
 
@@ -25,6 +26,7 @@ from cluster.training import OptimiserSettings, TrainComputeSettings, train
 from jobs.context import StageContext, complete, warn_of_loss
 from jobs.joins import with_column
 from jobs.manifest import Manifest
+from jobs.tile_masks import tile_mask_name
 from subcat_core.backbones import input_statistics
 from subcat_core.classes import IGNORE, ClassTable
 from subcat_core.images import AugmentSettings, augment, decode_image, decode_mask
@@ -96,20 +98,24 @@ class SegmenterTrainee:
         return {}
 
 
-def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact) -> Artifact:
-    """Train on every image that has a pseudo mask."""
+def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact, tiles: Manifest | None = None) -> Artifact:
+    """Train on every image that has a pseudo mask; with `tiles`, on the tiles of these images and their masks."""
     experiment = context.experiment
     settings = experiment.segmenter
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
         names = manifest.shard_names("train")
         masks = [pseudo_masks.folder.read_table(f"{name}.parquet", ["image_id", "mask_uri"]) for name in names]
-        rows = with_column(manifest.rows("train", ["image_id", "uri"]), pa.concat_tables(masks), "mask_uri")
+        if tiles is None:
+            rows = with_column(manifest.rows("train", ["image_id", "uri"]), pa.concat_tables(masks), "mask_uri")
+        else:
+            rows = _rows_of_tiles(tiles, pa.concat_tables(masks), pseudo_masks.folder)
         artifact.folder.write_json(
             "segmenter.json",
             {
                 "model": settings.model.model_dump(mode="json"),
                 "classes": list(manifest.classes.names),
+                "has_background": manifest.classes.has_background,
                 "base_px": trained_px(settings),
             },
         )
@@ -148,9 +154,18 @@ def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact) -> Ar
             "settings": settings.model_dump(mode="json", exclude={"compute": True, "optimiser": {"keep_checkpoints"}}),
             "rng_seed": experiment.rng_seed,
             "pseudo_masks": pseudo_masks.output_fingerprint,
+            **({"tiles": tiles.fingerprint} if tiles is not None else {}),
         },
         work=work,
     )
+
+
+def _rows_of_tiles(tiles: Manifest, masks: pa.Table, folder: Storage) -> pa.Table:
+    """image_id, uri and mask_uri of the tiles of images that have a pseudo mask."""
+    rows = tiles.rows("train", ["image_id", "uri", "parent_id"])
+    rows = rows.filter(pc.is_in(rows["parent_id"], value_set=masks["image_id"].combine_chunks()))
+    uris = [folder.uri(tile_mask_name(tile_id)) for tile_id in rows["image_id"].to_pylist()]
+    return rows.drop_columns(["parent_id"]).append_column("mask_uri", pa.array(uris, pa.string()))
 
 
 def log_model(context: StageContext, manifest: Manifest, folder: Storage) -> None:
@@ -197,4 +212,5 @@ def load_segmenter(folder: Storage) -> tuple[Segmenter, ClassTable, int]:
     model, _ = build_segmenter(settings, len(described["classes"]))
     with folder.fetch("model.pt") as path:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return model.eval(), ClassTable(tuple(described["classes"])), described["base_px"]
+    classes = ClassTable(tuple(described["classes"]), has_background=described.get("has_background", True))
+    return model.eval(), classes, described["base_px"]

@@ -42,6 +42,7 @@ def validate(
         opened = _open(source)
     except BadSource as error:
         return [error.problem]
+    settings = source if isinstance(source, PrepareSettings) else None
     stream = stream or StreamSettings(num_actors=0)
     stream = stream.model_copy(
         update={"max_bad_frac": 1.0, "gpus_per_actor": 0.0, **({} if decode else {"num_actors": 0})}
@@ -52,9 +53,9 @@ def validate(
     if scratch is not None:
         if scratch.exists("raw/part-00000.parquet"):
             raise ValueError(f"{scratch.root}: not empty (it has raw/part-00000.parquet); name an empty scratch folder")
-        return _validate(opened, scratch, mode, stream, progress or Progress())
+        return _validate(opened, settings, scratch, mode, stream, progress or Progress())
     with tempfile.TemporaryDirectory(prefix="subcat-validate-") as folder:
-        return _validate(opened, Storage(folder), mode, stream, progress or Progress())
+        return _validate(opened, settings, Storage(folder), mode, stream, progress or Progress())
 
 
 def _open(source: PrepareSettings | str) -> ImportSource:
@@ -66,17 +67,23 @@ def _open(source: PrepareSettings | str) -> ImportSource:
 
 
 def _validate(
-    source: ImportSource, scratch: Storage, mode: CheckMode, stream: StreamSettings, progress: Progress
+    source: ImportSource,
+    settings: PrepareSettings | None,
+    scratch: Storage,
+    mode: CheckMode,
+    stream: StreamSettings,
+    progress: Progress,
 ) -> list[Problem]:
     """Lists first, then files: problems in this order."""
+    needs_tags = settings is None or settings.needs_tags
     log = ProblemLog()
     with progress.stage("read lists", unit="rows") as bar:
-        rows = to_raw(checked_rows(source, log, RowCounts(source.classes)), bar)
+        rows = to_raw(checked_rows(source, log, RowCounts(source.classes), needs_tags=needs_tags), bar)
         shards = write_shards(scratch.child("raw"), rows, _ROWS_PER_SHARD, RAW_SCHEMA)
     with progress.stage("check files", total=sum(shard.num_rows for shard in shards), unit="images") as bar:
         summaries = map_shards(
             CheckWorker,
-            {"classes": source.classes, "mode": mode},
+            {"classes": source.classes, "mode": mode, **(settings.check_options() if settings else {})},
             inputs={"raw": scratch.child("raw")},
             shards=[shard.name for shard in shards],
             output=scratch.child("checked"),

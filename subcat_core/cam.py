@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,6 +36,9 @@ class CamSettings(Settings):
     """Pixels of the image, brought down to max_px, to one cell of the map that is kept."""
     pass_px: int = Field(default=500_000, ge=1)
     """Pixels in one forward pass, flips counted: bounds memory; a GPU takes ten times as many."""
+    normalise: Literal["maximum", "softmax"] = "maximum"
+    """`maximum`: ReLU, and each class divided by its maximum (the paper). `softmax`: no ReLU; the mean over the views,
+    then a softmax over the tagged classes, for data sets without background: its largest class is that of the sums."""
     affinity: AffinitySettings | None = None
     """Spread the maps over cells of like features (cam_affinity.py); none: the maps as they are, as in the paper."""
     bf16: bool = False
@@ -72,7 +76,7 @@ def compute_cams(
 
     images: (H, W, 3) uint8 RGB. class_indices: the n present classes of each image. classifier: in eval mode, on
     `device`. Returns one (n, ceil(H / grid_stride_px), ceil(W / grid_stride_px)) float32 an image (of the size that
-    max_px leaves it), each class divided by its maximum + 1e-5.
+    max_px leaves it), each class divided by its maximum + 1e-5, or the softmax of settings.normalise.
 
     Chang et al. 2020, equation 1 and section 4.1 (authors' code: every view of all classes is brought to full size,
     multiplied by the labels and summed). Sums of linear maps may change places, so here a mirrored pair is added at
@@ -96,7 +100,7 @@ def compute_cams(
         row_of = {class_index: row for row, class_index in enumerate(union)}
         for position, plain, maps in zip(positions, summed, spread, strict=True):
             rows = [row_of[index] for index in class_indices[position]]
-            cams[position] = Cam(normalise_cam(maps[rows]), normalise_cam(plain[rows]))
+            cams[position] = Cam(*(_normalised(part[rows], settings) for part in (maps, plain)))
     return [cams[position] for position in range(len(images))]
 
 
@@ -105,6 +109,21 @@ def normalise_cam(cam: np.ndarray) -> np.ndarray:
     if not len(cam):
         return cam
     return cam / (cam.max(axis=(1, 2), keepdims=True) + np.float32(EPSILON))
+
+
+def softmax_cam(cam: np.ndarray) -> np.ndarray:
+    """(n, h, w) float32 of any values -> softmax over the n classes of each cell; ones where n is 1."""
+    if not len(cam):
+        return cam
+    power = np.exp(cam - cam.max(axis=0))
+    return power / power.sum(axis=0)
+
+
+def _normalised(total: np.ndarray, settings: CamSettings) -> np.ndarray:
+    """(n, h, w) sums over the views -> maps of 0..1."""
+    if settings.normalise == "maximum":
+        return normalise_cam(total)
+    return softmax_cam(total / np.float32(len(settings.scales) * (1 + settings.flip)))
 
 
 @torch.inference_mode()
@@ -156,13 +175,13 @@ def _maps(
     """
     both = torch.cat([view, view.flip(3)]) if settings.flip else view
     both = both.contiguous(memory_format=torch.channels_last)
-    middle = None
+    middle, relu = None, settings.normalise == "maximum"
     with torch.autocast(view.device.type, torch.bfloat16, enabled=settings.bf16):
         if with_middle:
-            maps, middle = classifier.parent_maps_and_middle(both, class_indices)
+            maps, middle = classifier.parent_maps_and_middle(both, class_indices, relu=relu)
             middle = middle[: len(view)]
         else:
-            maps = classifier.parent_maps(both, class_indices)
+            maps = classifier.parent_maps(both, class_indices, relu=relu)
     if not settings.flip:
         return maps, middle
     straight, mirrored = maps.chunk(2)

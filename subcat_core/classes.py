@@ -29,11 +29,13 @@ class ClassTable:
     """The C parent classes of a data set, in the order of their class_index.
 
     names: C unique names. mask_values: what a stored ground-truth value means, as stored value -> class_id
-    (0 background, 1..C, or 255 ignore); None when masks hold class ids already.
+    (0 background, 1..C, or 255 ignore); None when masks hold class ids already. has_background: whether a pixel may
+    belong to none of the classes; without, no background score competes with them, and nothing is called background.
     """
 
     names: tuple[str, ...]
     mask_values: Mapping[int, int] | None = None
+    has_background: bool = True
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -90,13 +92,15 @@ class ClassTable:
 
     def to_json(self) -> str:
         values = None if self.mask_values is None else {str(k): v for k, v in sorted(self.mask_values.items())}
-        return json.dumps({"names": list(self.names), "mask_values": values}, indent=2)
+        table = {"names": list(self.names), "mask_values": values, "has_background": self.has_background}
+        return json.dumps(table, indent=2)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ClassTable:
         data: dict[str, Any] = json.loads(text)
         values = data.get("mask_values")
-        return cls(tuple(data["names"]), None if values is None else {int(k): v for k, v in values.items()})
+        stored = None if values is None else {int(k): v for k, v in values.items()}
+        return cls(tuple(data["names"]), stored, data.get("has_background", True))
 
 
 def to_class_ids(class_indices: Sequence[int] | np.ndarray) -> np.ndarray:

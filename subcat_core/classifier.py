@@ -61,28 +61,30 @@ class Classifier(nn.Module):
         """(N, D) float32: the mean of the feature map over all cells; k-means clusters these (authors' code)."""
         return cast(torch.Tensor, self.backbone(images).float().mean(dim=(2, 3)))
 
-    def parent_maps(self, images: torch.Tensor, class_indices: Sequence[int]) -> torch.Tensor:
+    def parent_maps(self, images: torch.Tensor, class_indices: Sequence[int], *, relu: bool = True) -> torch.Tensor:
         """ReLU'd maps of the asked classes only: (N, n, h, w) float32 >= 0, unnormalised (Chang et al. 2020, section
         3).
 
-        Raises ValueError for a class_index outside 0..C-1.
+        relu=False: the same without ReLU, so that their mean over all cells is the logit. Raises ValueError for a
+        class_index outside 0..C-1.
         """
-        return self._maps_of(self.backbone(images), class_indices)
+        return self._maps_of(self.backbone(images), class_indices, relu)
 
     def parent_maps_and_middle(
-        self, images: torch.Tensor, class_indices: Sequence[int]
+        self, images: torch.Tensor, class_indices: Sequence[int], *, relu: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`parent_maps`, and the backbone's feature map at stride 16 (`Backbone.forward_with_middle`)."""
         features, middle = self.backbone.forward_with_middle(images)
-        return self._maps_of(features, class_indices), middle
+        return self._maps_of(features, class_indices, relu), middle
 
-    def _maps_of(self, features: torch.Tensor, class_indices: Sequence[int]) -> torch.Tensor:
+    def _maps_of(self, features: torch.Tensor, class_indices: Sequence[int], relu: bool) -> torch.Tensor:
         wrong = [index for index in class_indices if not 0 <= index < self.num_classes]
         if wrong:
             raise ValueError(f"got class_index {wrong[0]}; expected 0 to {self.num_classes - 1}")
         index = torch.as_tensor(list(class_indices), dtype=torch.long, device=self.parent_head.weight.device)
         weight = self.parent_head.weight[index][:, :, None, None]
-        return F.relu(F.conv2d(features, weight)).float()
+        maps = F.conv2d(features, weight)
+        return (F.relu(maps) if relu else maps).float()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Backbone weights 1x, biases 2x without decay, heads 10x (they have no bias)."""

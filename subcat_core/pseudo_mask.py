@@ -23,7 +23,8 @@ class PseudoMaskSettings(Settings):
     """How maps compete with background."""
 
     background: Literal["power", "constant"] = "power"
-    """`power`: (1 - max_c cam)^alpha, high where no class is active. `constant`: background_score everywhere."""
+    """`power`: (1 - max_c cam)^alpha, high where no class is active. `constant`: background_score everywhere. Neither
+    counts for classes without a background (`ClassTable.has_background`): there only the maps compete."""
     alpha: float = Field(default=12.0, gt=0, allow_inf_nan=False)
     """Higher: weaker background. 12 breaks even with a map at 0.15, the authors' threshold (PSA: 4 and 24 or 32)."""
     background_score: float = Field(default=0.15, ge=0, le=1)
@@ -52,29 +53,58 @@ class PseudoMask:
 
 
 def make_pseudo_mask(
-    cam: np.ndarray, class_indices: Sequence[int] | np.ndarray, image: np.ndarray, settings: PseudoMaskSettings
+    cam: np.ndarray,
+    class_indices: Sequence[int] | np.ndarray,
+    image: np.ndarray,
+    settings: PseudoMaskSettings,
+    *,
+    has_background: bool = True,
 ) -> PseudoMask:
-    """Pseudo mask of one image.
+    """Pseudo mask of one image: as `class_probability` takes and refuses it, then `mask_of_probability`."""
+    ids, probability = class_probability(cam, class_indices, image, settings, has_background=has_background)
+    if not len(ids):
+        return mask_of_probability(np.zeros(image.shape[:2], np.uint8), np.zeros(image.shape[:2], np.float32), settings)
+    return mask_of_probability(ids[probability.argmax(axis=0)], probability.max(axis=0), settings)
+
+
+def class_probability(
+    cam: np.ndarray,
+    class_indices: Sequence[int] | np.ndarray,
+    image: np.ndarray,
+    settings: PseudoMaskSettings,
+    *,
+    has_background: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What competes in an image, (L,) uint8 class ids, and how likely it is, (L, H, W) float32 that sums to 1.
 
     cam: (n, h, w) float32 in 0..1 of the n present classes, on a coarser grid. class_indices: their class_index, all
-    different. image: (H, W, 3) uint8 RGB. An image without a present class is background all over, with confidence 1.
-    ValueError for shapes that do not fit, and for maps that are not finite or outside 0..1.
+    different. image: (H, W, 3) uint8 RGB. With has_background, background comes first (L = n + 1), and an image without
+    a present class is background all over; without, L = n, and the one present class is everywhere. ValueError for
+    shapes that do not fit, and for maps that are not finite or outside 0..1.
     """
     indices = np.asarray(class_indices, np.int64)
     _check(cam, indices, image)
     height, width = image.shape[:2]
-    if not len(indices):
-        empty = np.full((height, width), BACKGROUND, np.uint8)
-        return PseudoMask(empty, empty, confidence=1.0, coverage_frac=0.0, ignore_frac=0.0, class_ids=())
-    probability = with_background(upsample_cam(cam, height, width), settings)
-    if settings.crf is None:
-        probability /= np.maximum(probability.sum(axis=0), np.finfo(np.float32).tiny)
-    else:
-        probability = dense_crf(probability, image, settings.crf)
-    ids = np.concatenate([np.array([BACKGROUND], np.uint8), to_class_ids(indices)])
-    labels = ids[probability.argmax(axis=0)]
-    chosen = probability.max(axis=0)
-    unsure = chosen < settings.min_confidence
+    ids = np.concatenate([np.zeros(int(has_background), np.uint8), to_class_ids(indices)])
+    if len(ids) <= 1:
+        return ids, np.ones((len(ids), height, width), np.float32)
+    probability = upsample_cam(cam, height, width)
+    if has_background:
+        probability = with_background(probability, settings)
+    if settings.crf is not None:
+        return ids, dense_crf(probability, image, settings.crf)
+    # Where no map of several is active, all are as likely.
+    probability = probability + np.finfo(np.float32).tiny
+    return ids, probability / probability.sum(axis=0)
+
+
+def mask_of_probability(labels: np.ndarray, chosen: np.ndarray, settings: PseudoMaskSettings) -> PseudoMask:
+    """IGNORE where unsure, and the numbers of a mask.
+
+    labels: (H, W) uint8, the likeliest class. chosen: (H, W) float32, its probability; 0 where nothing is known, which
+    is IGNORE whatever min_confidence.
+    """
+    unsure = (chosen < settings.min_confidence) | (chosen == 0)
     mask = np.where(unsure, np.uint8(IGNORE), labels)
     sure = chosen[~unsure]
     foreground = (mask != BACKGROUND) & (mask != IGNORE)

@@ -225,18 +225,21 @@ def predict_mask(
     base_px: int | None = None,
     max_px: int | None = 2048,
     allowed_class_ids: Sequence[int] | None = None,
+    background: bool = True,
     crf: CrfSettings | Refine | None = None,
     bf16: bool = False,
     device: torch.device | str = "cpu",
+    probability_out: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One image's mask: softmax averaged over scales and flips, at the image's own size.
 
     image: (H, W, 3) uint8 RGB. base_px: short side that scale 1 is brought to (None: its own); max_px: its long side
-    at most. allowed_class_ids: tags, as class ids; all other classes but background get probability 0. crf: settings
-    of our dense CRF, or any function (probability (C+1, H, W) float32 that sums to 1, image) -> probability. Returns
-    mask (H, W) uint8 class ids and confidence (H, W) float32, the probability of the class in the mask. Without a CRF,
-    maps of all classes are never held at the image's size, but at that of the logits, and for a strip of rows. Raises
-    ValueError in training mode and for tags outside 1..C.
+    at most. allowed_class_ids: tags, as class ids; all other classes but background get probability 0, and so does
+    background with background=False. crf: settings of our dense CRF, or any function (probability (C+1, H, W) float32
+    that sums to 1, image) -> probability. Returns mask (H, W) uint8 class ids and confidence (H, W) float32, the
+    probability of the class in the mask. probability_out: (C+1, H, W) float32 that takes the probabilities; without it
+    and without a CRF, maps of all classes are never held at the image's size, but at that of the logits, and for a
+    strip of rows. Raises ValueError in training mode and for tags outside 1..C.
     """
     if segmenter.training:
         raise ValueError("got a segmenter in training mode; call segmenter.eval() first")
@@ -256,8 +259,10 @@ def predict_mask(
     if wrong:
         raise ValueError(f"got class id {wrong[0]} among the tags; expected 1 to {num_outputs - 1}")
     keep = torch.zeros(num_outputs, 1, 1, device=device)
-    keep[[0, *allowed]] = 1.0
-    probability = None if crf is None else np.empty((num_outputs, height, width), np.float32)
+    keep[[*([0] if background else []), *allowed]] = 1.0
+    probability = probability_out
+    if probability is None and crf is not None:
+        probability = np.empty((num_outputs, height, width), np.float32)
     mask, confidence = np.empty((height, width), np.uint8), np.empty((height, width), np.float32)
     num_rows = max(1, _STRIP_VALUES // (num_outputs * width))
     for top in range(0, height, num_rows):
@@ -269,9 +274,10 @@ def predict_mask(
         else:
             best, ids = strip.max(dim=0)
             mask[rows], confidence[rows] = ids.cpu().numpy(), best.cpu().numpy()
-    if crf is None or probability is None:
+    if probability is None:
         return mask, confidence
-    probability = _refined(probability, image, crf)
+    if crf is not None:
+        probability[:] = _refined(probability, image, crf)
     return probability.argmax(axis=0).astype(np.uint8), probability.max(axis=0)
 
 

@@ -7,20 +7,32 @@ from typing import Annotated
 from pydantic import Field
 
 from jobs.importers.folders import FolderSource, open_folders
+from jobs.importers.glas import GlasSource, open_glas
 from jobs.importers.image_list import list_images
 from jobs.importers.rows import ImportSource
 from jobs.importers.table import TableSource, open_table
 from jobs.importers.voc import VocSource, open_voc
 
-__all__ = ["FolderSource", "ImportSource", "Source", "TableSource", "VocSource", "list_images", "open_source"]
+__all__ = [
+    "FolderSource",
+    "GlasSource",
+    "ImportSource",
+    "Source",
+    "TableSource",
+    "VocSource",
+    "list_images",
+    "open_source",
+]
 
-Source = Annotated[VocSource | FolderSource | TableSource, Field(discriminator="kind")]
+Source = Annotated[VocSource | FolderSource | TableSource | GlasSource, Field(discriminator="kind")]
 
 
-def open_source(settings: VocSource | FolderSource | TableSource) -> ImportSource:
+def open_source(settings: VocSource | FolderSource | TableSource | GlasSource) -> ImportSource:
     """Open a layout for reading. Raises BadSource (a ValueError) where it cannot be opened at all."""
     if isinstance(settings, VocSource):
         return open_voc(settings)
+    if isinstance(settings, GlasSource):
+        return open_glas(settings)
     if isinstance(settings, FolderSource):
         return open_folders(settings)
     return open_table(settings)

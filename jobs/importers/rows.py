@@ -89,11 +89,13 @@ class RowCounts:
         }
 
 
-def checked_rows(source: ImportSource, log: ProblemLog, counts: RowCounts) -> Iterator[ImportRow]:
+def checked_rows(
+    source: ImportSource, log: ProblemLog, counts: RowCounts, *, needs_tags: bool = True
+) -> Iterator[ImportRow]:
     """The rows of a source, telling the log what every layout must hold; bad rows are left out, counts filled.
 
-    At the end: splits that must have images and have none, and classes without a training image. Keeps every
-    image_id (about 100 bytes an image).
+    needs_tags: whether every training image must have one. At the end: splits that must have images and have none, and
+    classes without a training image. Keeps every image_id (about 100 bytes an image).
     """
     seen: dict[str, int | None] = {}
     for row in source.rows(log):
@@ -106,7 +108,7 @@ def checked_rows(source: ImportSource, log: ProblemLog, counts: RowCounts) -> It
             log.add(problems.DUPLICATE_ID, message, row.file, row.row, row.image_id)
             continue
         seen[row.image_id] = row.row
-        if row.split == TRAIN and not row.labels:
+        if needs_tags and row.split == TRAIN and not row.labels:
             log.add(problems.NO_TAG, f"{row.image_id} of split {TRAIN} has no tag", row.file, row.row, row.image_id)
             continue
         counts.add(row.split, row.labels, row.mask_uri is not None)

@@ -52,6 +52,9 @@ class TableSource(Settings):
     """Share of the images that goes to split val where the table has no splits; chosen by a hash of image_id."""
     mask_values: dict[str, tuple[int, ...]] | None = None
     """Stored mask values by meaning, such as {background = [0], ignore = [255], gland = [128]}; null: class ids."""
+    has_background: bool = True
+    """Whether a pixel may belong to none of the classes. false: every pixel has one ("tumour", "stroma", ...), and no
+    background score competes with them."""
 
 
 def open_table(settings: TableSource) -> ImportSource:
@@ -69,7 +72,8 @@ def open_table(settings: TableSource) -> ImportSource:
     if not names:
         message = f"no tags: neither a column {settings.label_column!r} with names nor columns of 0 and 1"
         raise BadSource(Problem(problems.BAD_TABLE, message, table.uri))
-    classes = ClassTable(tuple(names), mask_values_of(tuple(names), settings.mask_values))
+    values = mask_values_of(tuple(names), settings.mask_values)
+    classes = ClassTable(tuple(names), values, settings.has_background)
 
     def rows(log: ProblemLog) -> Iterator[ImportRow]:
         index_of = {name: index for index, name in enumerate(classes.names)}
@@ -96,11 +100,11 @@ def _find_names(table: TableFile, column: str) -> tuple[str, ...]:
     """Every tag of the column, sorted; a first pass over the table."""
     names: set[str] = set()
     for _, cells in table.rows(ProblemLog()):
-        names.update(_split_names(cells[column]))
+        names.update(split_names(cells[column]))
     return tuple(sorted(names))
 
 
-def _split_names(cell: Any) -> list[str]:
+def split_names(cell: Any) -> list[str]:
     """Tags of a cell: text with separators, or a list of a Parquet file."""
     if cell is None:
         return []
@@ -154,7 +158,7 @@ def _named(
     cell: Any, index_of: Mapping[str, int], file: str, number: int, image_id: str, log: ProblemLog
 ) -> tuple[int, ...] | None:
     """Labels from names; None where all of them are unknown."""
-    names = _split_names(cell)
+    names = split_names(cell)
     unknown = [name for name in names if name not in index_of]
     for name in unknown:
         message = f"{name!r} of {image_id} is not in the class table ({', '.join(index_of)})"

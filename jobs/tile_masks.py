@@ -1,0 +1,116 @@
+"""Pseudo masks of whole images from the maps of their tiles: what `make_pseudo_masks` runs where images were cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.storage import MissingFileError, Storage
+from cluster.streams import BadRow, ShardOutput, iter_images
+from jobs.make_cams import read_cams, read_truth
+from jobs.tile_images import ImageTiles, by_image, classes_by_image, spread_channels
+from subcat_core import schemas
+from subcat_core.classes import BACKGROUND, ClassTable, to_class_ids
+from subcat_core.images import ImageError, encode_mask
+from subcat_core.metrics import ConfusionMatrix
+from subcat_core.pseudo_mask import PseudoMask, PseudoMaskSettings, class_probability, mask_of_probability
+from subcat_core.tiles import stitch
+
+Cams = dict[str, tuple[list[int], np.ndarray]]
+
+
+class TileMaskWorker:
+    """One actor: turns the CAMs of a shard of tiles into PNG files of whole images and their index.
+
+    In each tile its tagged classes compete, with background where there is one, and the CRF sees the tile; the classes'
+    probabilities are averaged where tiles overlap, and the largest one is the mask. cut: also write the mask of every
+    tile, for a segmenter that trains on tiles. An image one of whose tiles cannot be used is bad as a whole.
+    """
+
+    def __init__(self, *, output: Storage, classes: ClassTable, settings: PseudoMaskSettings, cut: bool) -> None:
+        self.output = output
+        self.classes = classes
+        self.settings = settings
+        self.cut = cut
+
+    def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
+        cams = read_cams(inputs["cams"])
+        classes_of = classes_by_image(inputs["manifest"])
+        confusion = ConfusionMatrix(self.classes.num_classes)
+        num_scored = 0
+        bad: list[BadRow] = []
+        made: list[dict[str, Any]] = []
+        for group in by_image(inputs["manifest"], inputs["images"]):
+            row = group.image
+            try:
+                pseudo = self._stitched(group, cams, classes_of[row["image_id"]])
+            except ImageError as error:
+                bad.append(BadRow(row["image_id"], row["uri"], str(error)))
+                continue
+            made.append(self._written(group, pseudo))
+            if not row["mask_uri"]:
+                continue
+            try:
+                truth = read_truth(row, self.classes)
+            except (ImageError, MissingFileError) as error:
+                bad.append(BadRow(row["image_id"], row["mask_uri"], str(error)))
+                continue
+            confusion.update(pseudo.labels, truth)
+            num_scored += 1
+        stats = {
+            "confusion": confusion.to_json(),
+            "num_scored": num_scored,
+            "coverage": float(np.sum([row["coverage_frac"] for row in made])),
+            "ignored": float(np.sum([row["ignore_frac"] for row in made])),
+        }
+        return ShardOutput(pa.Table.from_pylist(made, schemas.MASKS), bad=bad, stats=stats, num_rows=len(made))
+
+    def _stitched(self, group: ImageTiles, cams: Cams, classes: list[int]) -> PseudoMask:
+        """The pseudo mask of an image. Raises ImageError where a tile has no CAM or cannot be read."""
+        height, width = group.image["height_px"], group.image["width_px"]
+        background = [BACKGROUND] if self.classes.has_background else []
+        ids = np.array([*background, *to_class_ids(classes)], np.uint8)
+        labels, chosen = np.zeros((height, width), np.uint8), np.zeros((height, width), np.float32)
+        if len(ids):
+            for band in stitch(self._probabilities(group, cams, ids), len(ids), height, width):
+                labels[band.rows], chosen[band.rows] = ids[band.maps.argmax(axis=0)], band.maps.max(axis=0)
+        return mask_of_probability(labels, chosen, self.settings)
+
+    def _probabilities(self, group: ImageTiles, cams: Cams, ids: np.ndarray) -> Any:
+        """(y, x, (L, h, w) probabilities of the class ids) of every tile."""
+        for tile, image in iter_images(group.tiles):
+            if isinstance(image, BadRow):
+                raise ImageError(f"its tile {image.image_id}: {image.reason}")
+            if tile["image_id"] not in cams:
+                raise ImageError(f"no CAM was made for its tile {tile['image_id']}; see make_cams")
+            present, cam = cams[tile["image_id"]]
+            found, probability = class_probability(
+                cam.astype(np.float32), present, image, self.settings, has_background=self.classes.has_background
+            )
+            yield tile["y_px"], tile["x_px"], spread_channels(probability, found.tolist(), ids.tolist())
+
+    def _written(self, group: ImageTiles, pseudo: PseudoMask) -> dict[str, Any]:
+        """Write the PNG of an image, and of its tiles where asked for; returns its row of the index."""
+        image_id, palette = group.image["image_id"], self.classes.flat_palette()
+        name = f"png/{image_id}.png"
+        self.output.write_bytes(name, encode_mask(pseudo.mask, palette))
+        if self.cut:
+            for tile in group.tiles.to_pylist():
+                y, x = tile["y_px"], tile["x_px"]
+                part = pseudo.mask[y : y + tile["height_px"], x : x + tile["width_px"]]
+                self.output.write_bytes(tile_mask_name(tile["image_id"]), encode_mask(part, palette))
+        return {
+            "image_id": image_id,
+            "mask_uri": self.output.uri(name),
+            "class_ids": [int(value) for value in pseudo.class_ids],
+            "coverage_frac": pseudo.coverage_frac,
+            "ignore_frac": pseudo.ignore_frac,
+            "confidence": pseudo.confidence,
+        }
+
+
+def tile_mask_name(tile_id: str) -> str:
+    """Where the pseudo mask of a tile lies below the stage's folder."""
+    return f"tiles/{tile_id}.png"
