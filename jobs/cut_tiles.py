@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,11 +26,9 @@ from cluster.storage import MissingFileError, Storage, read_uri
 from cluster.streams import BadRow, ShardOutput, ShardSummary, map_shards
 from cluster.tracking import ChildRun
 from jobs.context import StageContext, complete, stream_stats
-from jobs.importers import problems
-from jobs.importers.problems import ProblemLog, format_problems
+from jobs.importers.problems import format_problems
 from jobs.importers.rows import TRAIN
-from jobs.importers.tile_tags import COLUMNS as TAG_COLUMNS
-from jobs.importers.tile_tags import GivenTags, read_tile_tags
+from jobs.importers.tile_tags import read_tile_tags, write_by_shard
 from jobs.manifest import Manifest, ShardEntry, open_manifest, write_index
 from subcat_core import schemas
 from subcat_core.classes import ClassTable
@@ -46,7 +43,6 @@ FOLDER = "tiles"
 STAGE = "cut_tiles"
 _GIVEN = "given"
 _IMAGE_COLUMNS = ["image_id", "uri", "height_px", "width_px", "split", "labels", "mask_uri"]
-_GIVEN_SCHEMA = pa.schema([schemas.MANIFEST.field(name) for name in TAG_COLUMNS])
 _THREADS = 4
 _MAX_SHOWN = 20
 
@@ -192,7 +188,7 @@ def run(context: StageContext, manifest: Manifest) -> Manifest:
         inputs = {"manifest": manifest.folder}
         if given is not None:
             inputs["given"] = artifact.folder.child(_GIVEN)
-            problem_log = _write_given(given, settings, manifest, inputs["given"])
+            problem_log = write_by_shard(given, manifest, inputs["given"], settings.tile_px, settings.stride_px)
             if problem_log.has_errors:
                 context.storage.delete_tree(FOLDER)  # a mended table is another input, and nothing is cut yet
                 raise ValueError(f"{given.uri}: {format_problems(problem_log.problems(), max_shown=_MAX_SHOWN)}")
@@ -249,32 +245,6 @@ def _check_large(experiment: Experiment, manifest: Manifest) -> None:
             raise ValueError(f'{size}: too large to train the segmenter; prepare.tiles.segmenter_sees = "tiles"')
         if row["split"] in experiment.predict.splits and experiment.predict.window_px is None:
             raise ValueError(f"{size}: too large to predict at once; set predict.window_px")
-
-
-def _write_given(given: GivenTags, settings: TileSettings, manifest: Manifest, folder: Storage) -> ProblemLog:
-    """Write the tags of the tiles of each shard; tells of those that name no tile."""
-    log = ProblemLog()
-    left = dict(given.by_image)
-    for shard in manifest.shards:
-        rows = manifest.folder.read_table(f"{shard.name}.parquet", ["image_id", "height_px", "width_px"]).to_pylist()
-        tagged = [(row, left.pop(row["image_id"])) for row in rows if row["image_id"] in left]
-        for row, tags in tagged:
-            places = set(tile_grid(row["height_px"], row["width_px"], settings.tile_px, settings.stride_px))
-            for (y, x), (_, number) in tags.items():
-                if (y, x) not in places:
-                    message = f"no tile of {row['image_id']} begins at x_px = {x}, y_px = {y}"
-                    log.add(problems.BAD_TABLE, message, given.uri, number, row["image_id"])
-        folder.write_table(f"{shard.name}.parquet", pa.Table.from_pylist(list(_given_rows(tagged)), _GIVEN_SCHEMA))
-    for parent_id, tags in left.items():
-        number = min(row for _, row in tags.values())
-        log.add(problems.BAD_TABLE, f"the manifest has no image {parent_id!r}", given.uri, number, parent_id)
-    return log
-
-
-def _given_rows(tagged: list[tuple[dict[str, Any], dict[tuple[int, int], tuple[list[int], int]]]]) -> Iterator[dict]:
-    for row, tags in tagged:
-        for (y, x), (labels, _) in tags.items():
-            yield {"parent_id": row["image_id"], "x_px": x, "y_px": y, "labels": labels}
 
 
 def _finish(folder: Storage, manifest: Manifest, summaries: list[ShardSummary]) -> dict[str, Any]:

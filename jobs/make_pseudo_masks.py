@@ -108,20 +108,17 @@ def run(context: StageContext, manifest: Manifest, cams: Artifact, tiles: Manife
                 areas[key] += summary.stats[key]
 
         with context.progress.stage("make pseudo masks", total=manifest.num_rows("train"), unit="images") as bar:
-            inputs, shards, options = (
-                {"manifest": manifest.folder},
-                manifest.shard_names("train"),
-                {"settings": settings},
-            )
+            inputs = {"manifest": manifest.folder}
+            options: dict[str, Any] = {"settings": settings}
             if tiles is not None:
-                inputs, shards = {"images": manifest.folder, "manifest": tiles.folder}, tiles.shard_names("train")
+                inputs = {"images": manifest.folder, "manifest": tiles.folder}
                 options = {"settings": settings.mask, "cut": cut}
             summaries = map_shards(
                 PseudoMaskWorker if tiles is None else TileMaskWorker,
                 {"output": artifact.folder, "classes": manifest.classes, **options},
                 inputs={**inputs, "cams": cams.folder},
                 columns={"manifest": COLUMNS if tiles is None else [*COLUMNS, *TILE_COLUMNS], "images": COLUMNS},
-                shards=shards,
+                shards=(tiles or manifest).shard_names("train"),
                 output=artifact.folder,
                 settings=context.experiment.stream.model_copy(update={"gpus_per_actor": 0.0}),
                 bar=bar,

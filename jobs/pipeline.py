@@ -125,11 +125,10 @@ def _run_stages(context: StageContext) -> Iterator[str]:
     _check_splits(context.experiment, manifest)
     yield "prepare"
 
-    images = tiles = None
-    seen = manifest  # by the rounds
+    tiles, seen, images = None, manifest, None  # seen: by the rounds
     if context.experiment.prepare.tiles is not None:
-        images, seen = manifest, cut_tiles.run(context, manifest)
-        tiles = seen
+        tiles = seen = cut_tiles.run(context, manifest)
+        images = manifest
         yield "cut_tiles"
 
     subcategories: Artifact | None = None

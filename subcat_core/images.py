@@ -77,12 +77,12 @@ class AugmentSettings(Settings):
         return self
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode_image(data: bytes, max_pixels: int | None = None) -> np.ndarray:
     """(H, W, 3) uint8 RGB, writable, as a viewer would show it.
 
     Grey, palette, CMYK and 16-bit images are converted (16-bit by its high 8 bits), transparency is laid over white,
     EXIF rotation applied; of several frames the first. Raises ImageError for anything corrupt, truncated, empty or
-    above max_pixels: nothing is padded. Takes 7 bytes a pixel at its peak, and 3 are left.
+    above max_pixels (MAX_PIXELS unless given): nothing is padded. Takes 7 bytes a pixel at its peak, and 3 are left.
     """
     image = _open(data, max_pixels)
     orientation = _orientation(image)
@@ -91,20 +91,20 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     return np.array(_turned(rgb, orientation))
 
 
-def read_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def read_size(data: bytes, max_pixels: int | None = None) -> tuple[int, int]:
     """(height, width) in px after EXIF rotation, from the header alone. Raises ImageError as `decode_image` would."""
     image = _open(data, max_pixels)
     width, height = image.size
     return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
-def decode_mask(data: bytes, lut: np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode_mask(data: bytes, lut: np.ndarray, max_pixels: int | None = None) -> np.ndarray:
     """(H, W) uint8 class ids from a mask that stores one value a pixel.
 
     lut: (256,) int16, stored value -> class id, -1 where the value is not in the class table (`ClassTable.mask_lut`).
     A palette PNG is read by its indices, never by its colours. Raises MaskValueError for masks of colours, of more
     than 8 bits in use, and for values outside the table, naming them; ImageError for broken files and for more than
-    max_pixels. Takes about 10 bytes a pixel at its peak.
+    max_pixels (MAX_PIXELS unless given). Takes about 10 bytes a pixel at its peak.
     """
     image = _open(data, max_pixels)
     orientation = _orientation(image)
@@ -208,15 +208,16 @@ def centre_crop(image: np.ndarray, crop_px: int, pad_rgb: tuple[int, int, int]) 
     return np.ascontiguousarray(crop.transpose(2, 0, 1))
 
 
-def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
+def _open(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
     """The image with its header read."""
+    limit = MAX_PIXELS if max_pixels is None else max_pixels
     if not data:
         raise ImageError("empty file (0 bytes)")
     try:
-        with _raised_bomb_limit() if max_pixels > MAX_PIXELS else contextlib.nullcontext():
+        with _raised_bomb_limit() if limit > MAX_PIXELS else contextlib.nullcontext():
             image = Image.open(io.BytesIO(data), formats=_known_formats())
     except Image.DecompressionBombError as error:
-        raise ImageError(f"more than {max_pixels} pixels; cut the image into tiles") from error
+        raise ImageError(f"more than {limit} pixels; cut the image into tiles") from error
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
@@ -224,8 +225,8 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     except Exception as error:  # Pillow's readers raise whatever a corrupt header leads them to
         raise ImageError(f"header is corrupt or truncated ({_reason(error)})") from error
     width, height = image.size
-    if not 0 < width * height <= max_pixels:
-        raise ImageError(f"{height} x {width} px; expected 1 to {max_pixels} pixels: cut large images into tiles")
+    if not 0 < width * height <= limit:
+        raise ImageError(f"{height} x {width} px; expected 1 to {limit} pixels: cut large images into tiles")
     return image
 
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import pyarrow as pa
+
+from cluster.storage import Storage
 from jobs.importers import problems
 from jobs.importers.problems import ProblemLog, format_problems
 from jobs.importers.table import split_names
 from jobs.importers.table_file import TableFile
+from jobs.manifest import Manifest
+from subcat_core import schemas
 from subcat_core.classes import ClassTable
+from subcat_core.tiles import tile_grid
 
 COLUMNS = ["parent_id", "x_px", "y_px", "labels"]
+_SCHEMA = pa.schema([schemas.MANIFEST.field(name) for name in COLUMNS])
 _MAX_SHOWN = 20
 
 
@@ -56,6 +63,28 @@ def read_tile_tags(path: str, classes: ClassTable) -> GivenTags:
     if log.has_errors:
         raise ValueError(f"{table.uri}: {format_problems(log.problems(), max_shown=_MAX_SHOWN)}")
     return GivenTags(table.uri, table.sha256, by_image)
+
+
+def write_by_shard(given: GivenTags, manifest: Manifest, folder: Storage, tile_px: int, stride_px: int) -> ProblemLog:
+    """Write part-*.parquet with the tags of the tiles of each shard of a manifest; tells of those that name no tile."""
+    log = ProblemLog()
+    left = dict(given.by_image)
+    for shard in manifest.shards:
+        tagged: list[dict[str, Any]] = []
+        images = manifest.folder.read_table(f"{shard.name}.parquet", ["image_id", "height_px", "width_px"])
+        for image in images.to_pylist():
+            image_id = image["image_id"]
+            places = set(tile_grid(image["height_px"], image["width_px"], tile_px, stride_px))
+            for (y, x), (labels, number) in left.pop(image_id, {}).items():
+                tagged.append({"parent_id": image_id, "x_px": x, "y_px": y, "labels": labels})
+                if (y, x) not in places:
+                    message = f"no tile of {image_id} begins at x_px = {x}, y_px = {y}"
+                    log.add(problems.BAD_TABLE, message, given.uri, number, image_id)
+        folder.write_table(f"{shard.name}.parquet", pa.Table.from_pylist(tagged, _SCHEMA))
+    for parent_id, tags in left.items():
+        number = min(number for _, number in tags.values())
+        log.add(problems.BAD_TABLE, f"the manifest has no image {parent_id!r}", given.uri, number, parent_id)
+    return log
 
 
 def _whole(value: Any) -> int | None:

@@ -219,7 +219,7 @@ def test_iter_images_works_ahead_by_a_bounded_number(tmp_path: Path, monkeypatch
             started.append(row["image_id"])
         return np.zeros((1, 1, 3), np.uint8)
 
-    monkeypatch.setattr("cluster.image_reading._read_image", read)
+    monkeypatch.setattr("cluster.image_reading.read_image", read)
     rows = pa.table({"image_id": [str(n) for n in range(1000)], "uri": ["/none"] * 1000})
     images = iter_images(rows, num_threads=2)
     for _ in range(10):

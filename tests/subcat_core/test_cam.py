@@ -17,6 +17,7 @@ from subcat_core.cam import (
     compute_cam,
     compute_cams,
     normalise_cam,
+    softmax_cam,
     upsample_cam,
 )
 from subcat_core.classifier import Classifier
@@ -181,3 +182,35 @@ def test_labels_by_hand() -> None:
     assert labels.dtype == np.uint8
     np.testing.assert_array_equal(labels, [[0, 2, 0, 5]])  # class ids are class_index + 1; 0.15 does not exceed 0.15
     np.testing.assert_array_equal(cam_to_labels(np.zeros((0, 1, 2), np.float32), [], 0.2), [[0, 0]])
+
+
+def test_softmax_by_hand() -> None:
+    cam = np.log(np.array([[[1.0, 2.0]], [[3.0, 2.0]]], np.float32))
+    np.testing.assert_allclose(softmax_cam(cam), [[[0.25, 0.5]], [[0.75, 0.5]]], rtol=1e-6)
+    np.testing.assert_array_equal(softmax_cam(cam[:1] - 1000), np.ones((1, 1, 2)))
+    assert softmax_cam(np.zeros((0, 3, 4), np.float32)).shape == (0, 3, 4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("flip", [True, False])
+def test_softmax_maps_agree_with_the_plain_version(
+    classifier: Classifier, rng: np.random.Generator, flip: bool
+) -> None:
+    """The GlaS protocol: raw maps are summed over the views, without ReLU, and their largest one is the class."""
+    settings = CamSettings(scales=(1.0, 1.25, 2.0), flip=flip, normalise="softmax")
+    image, present = photo(rng, 48, 64), [3, 0]
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    total = torch.zeros(5, 12, 16, dtype=torch.float64)
+    for scale in settings.scales:
+        view = resize_batch(pixels, round(48 * scale), round(64 * scale))
+        for flipped in (False, True) if flip else (False,):
+            seen = view.flip(3) if flipped else view
+            maps = F.conv2d(classifier.backbone(seen), classifier.parent_head.weight[:, :, None, None])
+            maps = F.interpolate(maps, (12, 16), mode="bilinear", align_corners=False)[0].double()
+            total += maps.flip(2) if flipped else maps
+    assert (total < 0).any()
+    expected = (total[present] / (3 * (1 + flip))).softmax(dim=0).numpy()
+    found = compute_cam(classifier, image, present, settings, CPU)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    clear = np.abs(expected[0] - expected[1]) > 1e-4
+    np.testing.assert_array_equal(found.argmax(axis=0)[clear], total[present].argmax(dim=0).numpy()[clear])

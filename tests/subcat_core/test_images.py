@@ -263,3 +263,20 @@ def test_hue_turns_colours_and_leaves_grey_and_luma() -> None:
     assert np.abs(turned[0, 1].astype(int) - image[0, 1]).max() >= 5
     luma = np.array([0.299, 0.587, 0.114])
     assert abs(luma @ turned[0, 1] - luma @ image[0, 1]) <= 1
+
+
+def test_more_pixels_are_read_where_asked_for_and_pillows_limit_stays(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    pixels, mask = picture(rng, 20, 30), np.ones((20, 30), np.uint8)
+    assert np.array_equal(decode_image(encoded(Image.fromarray(pixels)), 600), pixels)
+    assert read_size(encoded(Image.fromarray(pixels)), 600) == (20, 30)
+    stored = encode_mask(mask, CLASSES.flat_palette())
+    assert np.array_equal(decode_mask(stored, CLASSES.mask_lut(), 600), mask)
+    with pytest.raises(ImageError, match="20 x 30 px; expected 1 to 599 pixels"):
+        decode_image(encoded(Image.fromarray(pixels)), 599)
+    assert Image.MAX_IMAGE_PIXELS == 100
+    with pytest.raises(ImageError, match="cut the image into tiles"):
+        decode_image(encoded(Image.fromarray(pixels)))

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from subcat_core.cam import cam_to_labels, upsample_cam
 from subcat_core.classes import IGNORE
 from subcat_core.crf import CrfSettings
-from subcat_core.pseudo_mask import PseudoMaskSettings, make_pseudo_mask, with_background
+from subcat_core.pseudo_mask import PseudoMaskSettings, class_probability, make_pseudo_mask, with_background
 
 PLAIN = PseudoMaskSettings(crf=None)
 
@@ -116,3 +116,38 @@ def test_settings_are_checked() -> None:
     for change in ({"alpha": 0.0}, {"min_confidence": 1.5}, {"background": "none"}):
         with pytest.raises(ValidationError):
             PseudoMaskSettings(**change)  # type: ignore[arg-type]
+
+
+def test_without_background_only_the_maps_compete() -> None:
+    """By hand: scores 0.9 / 0.3, 0.2 / 0.6 and 0 / 0; no background score wins where all maps are low."""
+    cam = np.array([[[0.9, 0.2, 0.0]], [[0.3, 0.6, 0.0]]], np.float32)
+    image = np.zeros((1, 3, 3), np.uint8)
+    pseudo = make_pseudo_mask(cam, [0, 1], image, PLAIN, has_background=False)
+    assert pseudo.mask.tolist() == [[1, 2, 1]]
+    assert (pseudo.coverage_frac, pseudo.ignore_frac, pseudo.class_ids) == (1.0, 0.0, (1, 2))
+    assert pseudo.confidence == pytest.approx((0.75 + 0.75 + 0.5) / 3, rel=1e-6)
+    ids, probability = class_probability(cam, [0, 1], image, PLAIN, has_background=False)
+    assert ids.tolist() == [1, 2]
+    np.testing.assert_allclose(probability[:, 0], [[0.75, 0.25, 0.5], [0.25, 0.75, 0.5]], rtol=1e-6)
+    assert cam[0, 0, 0] == np.float32(0.9)  # not in place
+
+
+def test_without_background_one_class_is_everywhere_and_none_is_unknown(rng: np.random.Generator) -> None:
+    image = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    only = make_pseudo_mask(np.zeros((1, 2, 2), np.float32), [4], image, PseudoMaskSettings(), has_background=False)
+    assert (only.mask == 5).all()
+    assert (only.confidence, only.class_ids) == (1.0, (5,))
+    none = make_pseudo_mask(np.zeros((0, 2, 2), np.float32), [], image, PLAIN, has_background=False)
+    assert (none.mask == IGNORE).all()
+    assert (none.confidence, none.coverage_frac, none.ignore_frac, none.class_ids) == (0.0, 0.0, 1.0, ())
+
+
+def test_probability_is_what_the_mask_is_made_of(rng: np.random.Generator) -> None:
+    cam, image = rng.random((2, 4, 5)).astype(np.float32), rng.integers(0, 256, (16, 20, 3)).astype(np.uint8)
+    for settings in (PLAIN, PseudoMaskSettings(min_confidence=0.6)):
+        ids, probability = class_probability(cam, [3, 1], image, settings)
+        assert ids.tolist() == [0, 4, 2]
+        np.testing.assert_allclose(probability.sum(axis=0), 1, rtol=1e-5)
+        pseudo = make_pseudo_mask(cam, [3, 1], image, settings)
+        np.testing.assert_array_equal(pseudo.labels, ids[probability.argmax(axis=0)])
+        np.testing.assert_array_equal(pseudo.mask == IGNORE, probability.max(axis=0) < settings.min_confidence)
