@@ -131,7 +131,7 @@ class CutWorker:
         image = decode_image(read_uri(row["uri"]), settings.max_image_px)
         mask = self._mask(row, image.shape[:2])
         rows = []
-        for y, x in tile_grid(*image.shape[:2], settings.tile_px, settings.stride_px):
+        for y, x in tile_grid(image.shape[0], image.shape[1], settings.tile_px, settings.stride_px):
             part = np.s_[y : y + settings.tile_px, x : x + settings.tile_px]
             labels = given.get((y, x), row["labels"] or [])
             if mask is not None:
@@ -269,5 +269,5 @@ def _finish(folder: Storage, manifest: Manifest, summaries: list[ShardSummary]) 
         }
         for split, values in counts.items()
     }
-    missing = [name for name, number in splits[TRAIN]["classes"].items() if not number]
+    missing = [name for name, number in zip(manifest.classes.names, counts[TRAIN], strict=True) if not number]
     return {"splits": splits, "warnings": [f"no tile of split {TRAIN} shows class {name!r}" for name in missing]}

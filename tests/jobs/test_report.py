@@ -438,3 +438,23 @@ def test_the_fabricated_manifest_is_a_manifest(finished: Storage) -> None:
     manifest = open_manifest(finished)
     assert manifest.num_rows("train") == 20
     assert manifest.shard_names("val") == ["part-00002"]
+
+
+def test_classes_without_a_background(tmp_path: Path) -> None:
+    """No threshold and no curve: the maps' argmax, and one baseline a class."""
+    storage = fabricate(tmp_path)
+    score = {"num_images": 10, "miou": 0.583, "iou": [None, 0.61, 0.5, 0.49, 0.4], "pixel_accuracy": 0.87}
+    alone = {**score, "miou": 0.171}
+    for index in range(ROUNDS + 1):
+        name = f"rounds/{index:02d}/cams/scores.json"
+        scores = storage.read_json(name)
+        scores["splits"] = {split: {**score, "all_tram": alone} for split in ("train", "val")}
+        storage.write_json(name, scores)
+    scores = storage.read_json("evaluation/scores.json")
+    scores["baselines"] = {"all_tram": {"val": alone}}
+    storage.write_json("evaluation/scores.json", scores)
+    text = " ".join(checked(make(storage)).text)
+    assert "val, round 2, largest map" in text
+    assert "All tram" in text
+    assert "0.171" in text
+    assert "mIoU by threshold" not in text

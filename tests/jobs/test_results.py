@@ -39,3 +39,22 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
         results_tables([str(tmp_path)])
     with pytest.raises(ValueError, match="not a finished run"):
         scores_of_run(Storage(str(tmp_path)))
+
+
+def test_a_run_without_a_background_has_no_thresholds(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write_json("config.json", {"rounds": 0, "rng_seed": 3})
+    score = {"num_images": 2, "miou": 0.7}
+    cams = {**score, "all_gland": {"miou": 0.3}, "all_not gland": {"miou": 0.2}}
+    storage.write_json("rounds/00/cams/scores.json", {"splits": {"val": cams}})
+    storage.write_json("pseudo_masks/scores.json", {"splits": {"train": score}})
+    storage.write_json("evaluation/scores.json", {"splits": {"val": {**score, "miou": 0.8}}})
+    storage.write_json("evaluation/marker.json", {})
+    assert scores_of_run(storage) == {
+        ("all gland", "val", "mIoU"): 0.3,
+        ("all not gland", "val", "mIoU"): 0.2,
+        ("CAM, round 0 (parents only)", "val", "mIoU"): 0.7,
+        ("pseudo masks", "train", "mIoU"): 0.7,
+        ("segmenter", "val", "mIoU"): 0.8,
+    }
+    assert "| all gland | val | mIoU | 0.300 | 0.300 |  |" in results_tables([str(tmp_path)])
