@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from subcat_core.cam import upsample_cam
 from subcat_core.classes import BACKGROUND, IGNORE, MAX_CLASSES, to_class_ids
@@ -30,9 +30,15 @@ class PseudoMaskSettings(Settings):
     background_score: float = Field(default=0.15, ge=0, le=1)
     """Score of background when it is `constant` (value of the authors' code)."""
     crf: CrfSettings | None = CrfSettings()
-    """Dense CRF on the image; none: the raw maps decide."""
+    """Dense CRF on the image, or on each tile of it; none ("none" in TOML): the raw maps decide."""
     min_confidence: float = Field(default=0.0, ge=0, le=1)
     """Pixels whose class has a lower probability become 255 (ignore) and do not train the segmenter; 0 keeps all."""
+
+    @field_validator("crf", mode="before")
+    @classmethod
+    def _no_crf(cls, value: object) -> object:
+        """TOML has no null."""
+        return None if value == "none" else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +94,18 @@ def class_probability(
     ids = np.concatenate([np.zeros(int(has_background), np.uint8), to_class_ids(indices)])
     if len(ids) <= 1:
         return ids, np.ones((len(ids), height, width), np.float32)
-    probability = upsample_cam(cam, height, width)
+    scores = upsample_cam(cam, height, width)
     if has_background:
-        probability = with_background(probability, settings)
+        scores = with_background(scores, settings)
+    return ids, probability_of_scores(scores, image, settings)
+
+
+def probability_of_scores(scores: np.ndarray, image: np.ndarray, settings: PseudoMaskSettings) -> np.ndarray:
+    """(L, H, W) float32 scores >= 0 of what competes -> probabilities: by the CRF, or each over their sum."""
     if settings.crf is not None:
-        return ids, dense_crf(probability, image, settings.crf)
-    # Where no map of several is active, all are as likely.
-    probability = probability + np.finfo(np.float32).tiny
-    return ids, probability / probability.sum(axis=0)
+        return dense_crf(scores, image, settings.crf)
+    scores = scores + np.finfo(np.float32).tiny  # where no score is above 0, all are as likely
+    return scores / scores.sum(axis=0)
 
 
 def mask_of_probability(labels: np.ndarray, chosen: np.ndarray, settings: PseudoMaskSettings) -> PseudoMask:

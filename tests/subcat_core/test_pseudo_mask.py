@@ -112,6 +112,12 @@ def test_image_must_be_rgb_bytes() -> None:
         make_pseudo_mask(np.zeros((1, 2, 2), np.float32), [0], np.zeros((8, 8), np.uint8), PLAIN)
 
 
+def test_none_in_toml_is_no_crf() -> None:
+    assert PseudoMaskSettings.model_validate_json('{"crf": "none"}').crf is None
+    with pytest.raises(ValidationError):
+        PseudoMaskSettings.model_validate_json('{"crf": "off"}')
+
+
 def test_settings_are_checked() -> None:
     for change in ({"alpha": 0.0}, {"min_confidence": 1.5}, {"background": "none"}):
         with pytest.raises(ValidationError):
