@@ -10,10 +10,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.storage import Storage, StorageError, read_uri
+from jobs.cut_tiles import has_tiles, open_tiles
+from jobs.make_cams import read_cams
 from jobs.manifest import Manifest
+from jobs.tile_masks import maps_of_image
 from subcat_core.cam import upsample_cam
 from subcat_core.classes import BACKGROUND, IGNORE, ClassTable
 from subcat_core.images import ImageError, decode_image, decode_mask
@@ -142,18 +146,23 @@ class PictureReader:
             table = self._storage.read_table(f"rounds/{round_index:02d}/cams/{candidate.shard}.parquet")
         except FileNotFoundError:
             return [Panel(caption, None)]
-        rows = table.filter(pc.equal(table["image_id"], candidate.image_id)).to_pylist()
-        if not rows or not rows[0]["class_indices"]:
+        found = self._maps(table, candidate)
+        if found is None or not found[0]:
             return [Panel(caption, None)]
-        row = rows[0]
-        shape = (len(row["class_indices"]), row["cam_height"], row["cam_width"])
-        maps = upsample_cam(np.asarray(row["cam"], np.float32).reshape(shape), *picture.shape[:2])
-        names = [self._classes.names[index] for index in row["class_indices"]]
+        maps = upsample_cam(found[1].astype(np.float32), *picture.shape[:2])
+        names = [self._classes.names[index] for index in found[0]]
         shown = list(zip(names, maps, strict=True))[:_MAX_CAMS]
         return [
             Panel(f"{caption} · {name}" if len(names) > 1 else caption, cam_overlay(picture, cam, level=_CAM_LEVEL))
             for name, cam in shown
         ]
+
+    def _maps(self, cams: pa.Table, candidate: Candidate) -> tuple[list[int], np.ndarray] | None:
+        """Class indices and maps (n, h, w) of an image, put together where it was cut into tiles; None without maps."""
+        if has_tiles(self._storage):
+            tiles = open_tiles(self._storage).folder.read_table(f"{candidate.shard}.parquet")
+            return maps_of_image(tiles.filter(pc.equal(tiles["parent_id"], candidate.image_id)), cams)
+        return read_cams(cams.filter(pc.equal(cams["image_id"], candidate.image_id))).get(candidate.image_id)
 
     def _mask_panel(self, caption: str, uri: str | None, picture: np.ndarray, lut: np.ndarray) -> Panel:
         if not uri:

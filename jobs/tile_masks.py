@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.storage import MissingFileError, Storage
 from cluster.streams import BadRow, ShardOutput, iter_images
 from jobs.make_cams import read_cams, read_truth
 from jobs.tile_images import ImageTiles, by_image, classes_by_image, spread_channels
 from subcat_core import schemas
+from subcat_core.cam import upsample_cam
 from subcat_core.classes import BACKGROUND, ClassTable, to_class_ids
 from subcat_core.images import ImageError, encode_mask
 from subcat_core.metrics import ConfusionMatrix
@@ -78,7 +81,7 @@ class TileMaskWorker:
                 labels[band.rows], chosen[band.rows] = ids[band.maps.argmax(axis=0)], band.maps.max(axis=0)
         return mask_of_probability(labels, chosen, self.settings)
 
-    def _probabilities(self, group: ImageTiles, cams: Cams, ids: np.ndarray) -> Any:
+    def _probabilities(self, group: ImageTiles, cams: Cams, ids: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
         """(y, x, (L, h, w) probabilities of the class ids) of every tile."""
         for tile, image in iter_images(group.tiles):
             if isinstance(image, BadRow):
@@ -109,6 +112,30 @@ class TileMaskWorker:
             "ignore_frac": pseudo.ignore_frac,
             "confidence": pseudo.confidence,
         }
+
+
+def maps_of_image(tiles: pa.Table, cams: pa.Table) -> tuple[list[int], np.ndarray] | None:
+    """One image's CAMs from those of its tiles: class indices, (n, H, W) float32; None where a tile has none.
+
+    tiles: the manifest rows of all its tiles. cams: the CAM table of their shard. Holds the maps at the image's size.
+    """
+    of_tile = read_cams(cams.filter(pc.is_in(cams["image_id"], value_set=tiles["image_id"].combine_chunks())))
+    if not tiles.num_rows or len(of_tile) < tiles.num_rows:
+        return None
+    rows = tiles.to_pylist()
+    classes = sorted({index for row in rows for index in row["labels"] or []})
+    height, width = (
+        max(row[at] + row[side] for row in rows) for at, side in (("y_px", "height_px"), ("x_px", "width_px"))
+    )
+
+    def maps() -> Iterator[tuple[int, int, np.ndarray]]:
+        for row in rows:
+            present, cam = of_tile[row["image_id"]]
+            cam = upsample_cam(cam.astype(np.float32), row["height_px"], row["width_px"])
+            yield row["y_px"], row["x_px"], spread_channels(cam, present, classes)
+
+    bands = [band.maps for band in stitch(maps(), len(classes), height, width)]
+    return classes, np.concatenate(bands, axis=1)
 
 
 def tile_mask_name(tile_id: str) -> str:

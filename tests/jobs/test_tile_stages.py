@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from PIL import Image
 
@@ -16,6 +17,7 @@ from jobs.make_cams import read_cams
 from jobs.manifest import Manifest
 from jobs.predict import PredictSettings
 from jobs.tile_images import TileScorer, by_image, classes_by_image, spread_channels, tiles_with_masks
+from jobs.tile_masks import maps_of_image
 from jobs.train_segmenter import _rows_of_tiles, load_segmenter
 from subcat_core.cam import upsample_cam
 from subcat_core.classes import IGNORE
@@ -116,6 +118,24 @@ def test_pseudo_masks_are_of_whole_images_and_the_plain_means(made: Any, data: P
     assert scores["splits"]["train"]["miou"] == pytest.approx(confusion.miou(), abs=1e-6)
     assert scores["protocol"]["background"] == "none: every pixel has a class"
     assert masks.stats()["num_images"] == 3
+
+
+def test_maps_of_an_image_for_the_report(made: Any) -> None:
+    _, _, tiles, cams, _ = made
+    name = next(n for n in tiles.shard_names() if "train_2" in _parents(tiles, n))
+    rows = tiles.folder.read_table(f"{name}.parquet")
+    rows = rows.filter(pc.equal(rows["parent_id"], "train_2"))
+    table = cams.folder.read_table(f"{name}.parquet")
+    found = maps_of_image(rows, table)
+    assert found is not None
+    assert found[0] == [0, 1]
+    np.testing.assert_allclose(found[1], plain_means(tiles, cams, "train_2"), atol=1e-6)
+    assert maps_of_image(rows, table.slice(0, 0)) is None
+    assert maps_of_image(rows.slice(0, 0), table) is None
+
+
+def _parents(tiles: Manifest, name: str) -> list[str]:
+    return tiles.folder.read_table(f"{name}.parquet", ["parent_id"])["parent_id"].to_pylist()
 
 
 def test_masks_of_tiles_are_cut_out_of_those_of_images(made: Any) -> None:
