@@ -26,6 +26,7 @@ from jobs.prepare import PrepareSettings
 from jobs.report import ReportSettings
 from jobs.train_classifier import ClassifierSettings
 from jobs.train_segmenter import SegmenterStageSettings
+from jobs.train_supervised import SupervisedSettings
 from subcat_core.kmeans import KMeansSettings
 from subcat_core.settings import Settings
 
@@ -66,6 +67,8 @@ class Experiment(Settings):
     """How the segmenter is applied, and to which splits."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Words for the protocol of the scores."""
+    supervised: SupervisedSettings | None = None
+    """`{}` or a section trains the same segmenter on full masks too, as a yardstick; null does not."""
     report: ReportSettings = ReportSettings()
     """How much the report shows."""
     stream: StreamSettings = StreamSettings()

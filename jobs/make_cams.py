@@ -25,6 +25,7 @@ from cluster.streams import BadRow, ShardOutput, ShardSummary, iter_images, map_
 from cluster.tracking import ChildRun
 from jobs.context import StageContext, complete, round_folder, stream_stats
 from jobs.manifest import Manifest
+from jobs.protocol import TAGS, Protocol
 from jobs.scoring import PAPER_THRESHOLD, SplitSweeps
 from jobs.train_classifier import ClassifierSettings, load_classifier
 from subcat_core import schemas
@@ -189,18 +190,21 @@ def run(context: StageContext, manifest: Manifest, round_index: int, classifier:
                 stage="make_cams",
                 fold=fold,
             )
-        protocol = {
-            "masks": "CAM against annotated masks; pixels of 255 are skipped",
-            "tags": "used: only the tagged classes have maps, on every split",
-            "threshold": "constant background score; best one picked on the split itself",
-            "crf": "no",
-            "scales": list(settings.cam.scales),
-            "flip": settings.cam.flip,
-            "base_px": settings.cam.base_px,
-            "affinity": "no" if settings.cam.affinity is None else settings.cam.affinity.model_dump(mode="json"),
-            "weights": experiment.classifier.backbone.weights,
-            "rng_seed": experiment.rng_seed,
-        }
+        affinity = settings.cam.affinity
+        protocol = Protocol(
+            supervision=TAGS,
+            masks=experiment.evaluation.masks,
+            tags="used: only the tagged classes have maps, on every split",
+            threshold="constant background score; best one picked on the split itself",
+            crf=None,
+            scales=settings.cam.scales,
+            flip=settings.cam.flip,
+            base_px=settings.cam.base_px,
+            weights=experiment.classifier.backbone.weights,
+            rng_seed=experiment.rng_seed,
+            details={"affinity": "no" if affinity is None else affinity.model_dump(mode="json")},
+        ).to_json()
+        child.log_params({f"protocol.{key}": value for key, value in protocol.items()})
         scores: dict[str, Any] = {"protocol": protocol, "splits": sweeps.scores()}
         for split, plain in plain_sweeps.scores().items():
             scores["splits"][split]["plain"] = {key: plain[key] for key in ("fixed", "best", "miou")}

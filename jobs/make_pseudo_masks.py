@@ -19,6 +19,7 @@ from cluster.tracking import ChildRun
 from jobs.context import StageContext, complete, stream_stats
 from jobs.make_cams import COLUMNS, read_cams, read_truth
 from jobs.manifest import Manifest
+from jobs.protocol import TAGS, Protocol
 from jobs.scoring import SplitConfusions, all_background, confusion_scores
 from subcat_core import schemas
 from subcat_core.classes import ClassTable
@@ -116,16 +117,22 @@ def run(context: StageContext, manifest: Manifest, cams: Artifact) -> Artifact:
         stats["coverage_frac"] = areas["coverage"] / num_made
         stats["ignore_frac"] = areas["ignored"] / num_made
         mask = settings.mask
-        protocol = {
-            "masks": "argmax of the pseudo masks against annotated masks, before low confidence becomes 255",
-            "tags": "used: only the tagged classes compete",
-            "background": f"(1 - max)^{mask.alpha}"
-            if mask.background == "power"
-            else f"constant {mask.background_score}",
-            "crf": "no" if mask.crf is None else mask.crf.model_dump(mode="json"),
-            "min_confidence": mask.min_confidence,
-            "rng_seed": context.experiment.rng_seed,
-        }
+        background = f"(1 - max)^{mask.alpha}" if mask.background == "power" else f"constant {mask.background_score}"
+        last = context.experiment.for_round(context.experiment.rounds)
+        protocol = Protocol(
+            supervision=TAGS,
+            masks=context.experiment.evaluation.masks,
+            tags="used: only the tagged classes compete",
+            threshold=f"argmax over the tagged classes and background {background}, before unsure pixels become 255",
+            crf=mask.crf,
+            scales=last.cams.cam.scales,
+            flip=last.cams.cam.flip,
+            base_px=last.cams.cam.base_px,
+            weights=last.classifier.backbone.weights,
+            rng_seed=context.experiment.rng_seed,
+            details={"min_confidence": mask.min_confidence},
+        ).to_json()
+        child.log_params({f"protocol.{key}": value for key, value in protocol.items()})
         splits = {
             split: {
                 **confusion_scores(confusion, num_scored),

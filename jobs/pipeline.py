@@ -2,7 +2,8 @@
 
     prepare
     round 0..R:  train_classifier -> make_cams (score) and, but for the last round, extract_features -> cluster_features
-    make_pseudo_masks -> train_segmenter -> predict -> evaluate -> report
+    make_pseudo_masks -> train_segmenter -> predict -> evaluate
+    [where the config has `supervised`: train_supervised -> predict_supervised -> evaluate_supervised] -> report
 
 Every classifier starts from the pretrained weights again; a round hands on only its sub-categories. The last round
 makes none, for nothing would use them.
@@ -27,6 +28,7 @@ from jobs import (
     report,
     train_classifier,
     train_segmenter,
+    train_supervised,
 )
 from jobs.context import StageContext, round_folder
 from jobs.manifest import Manifest, open_manifest
@@ -62,9 +64,13 @@ def plan(experiment: Experiment) -> list[StagePlan]:
         StagePlan("train_segmenter", None, "segmenter"),
         StagePlan("predict", None, "predictions"),
         StagePlan("evaluate", None, "evaluation"),
-        StagePlan("report", None, "report"),
     ]
-    return steps
+    if experiment.supervised is not None:
+        folder = train_supervised.FOLDER
+        steps.append(StagePlan("train_supervised", None, f"{folder}/segmenter"))
+        steps.append(StagePlan("predict_supervised", None, f"{folder}/predictions"))
+        steps.append(StagePlan("evaluate_supervised", None, f"{folder}/evaluation"))
+    return [*steps, StagePlan("report", None, "report")]
 
 
 STAGES = (
@@ -77,6 +83,9 @@ STAGES = (
     "train_segmenter",
     "predict",
     "evaluate",
+    "train_supervised",
+    "predict_supervised",
+    "evaluate_supervised",
     "report",
 )
 
@@ -84,6 +93,10 @@ STAGES = (
 def run(context: StageContext, last_stage: str | None = None) -> None:
     """Run every stage in order, skipping what is complete; stop after the last occurrence of `last_stage`."""
     names = [step.stage for step in plan(context.experiment)]
+    if last_stage is not None and last_stage not in names:
+        raise ValueError(
+            f"--stage {last_stage}: this config has no such stage; it has {', '.join(dict.fromkeys(names))}"
+        )
     num_steps = len(names) if last_stage is None else len(names) - names[::-1].index(last_stage)
     config = context.experiment.model_dump(mode="json")
     if not context.storage.exists(CONFIG):
@@ -140,5 +153,12 @@ def _run_stages(context: StageContext) -> Iterator[str]:
     yield "predict"
     evaluate.run(context, manifest, predictions)
     yield "evaluate"
+    if context.experiment.supervised is not None:
+        segmenter = train_supervised.train(context, manifest, pseudo_masks)
+        yield "train_supervised"
+        predictions = train_supervised.predict_masks(context, manifest, segmenter)
+        yield "predict_supervised"
+        train_supervised.score(context, manifest, predictions)
+        yield "evaluate_supervised"
     report.run(context)
     yield "report"

@@ -89,14 +89,21 @@ class PredictWorker:
         return ShardOutput(pa.Table.from_pylist(made, schemas.MASKS), bad=bad, stats={}, num_rows=len(made))
 
 
-def run(context: StageContext, manifest: Manifest, segmenter: Artifact) -> Artifact:
-    """Predict the splits of the run that the manifest has."""
+def run(
+    context: StageContext,
+    manifest: Manifest,
+    segmenter: Artifact,
+    *,
+    name: str = "predictions",
+    stage: str = "predict",
+) -> Artifact:
+    """Predict the splits of the run that the manifest has. name: the folder to write."""
     settings = context.experiment.predict
     shards = sorted({name for split in settings.splits for name in manifest.shard_names(split)})
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
         total = sum(shard.num_rows for shard in manifest.shards if shard.name in shards)
-        with context.progress.stage("predict", total=total, unit="images") as bar:
+        with context.progress.stage(stage.replace("_", " "), total=total, unit="images") as bar:
             summaries = map_shards(
                 PredictWorker,
                 {"segmenter": segmenter.folder, "output": artifact.folder, "settings": settings},
@@ -106,14 +113,14 @@ def run(context: StageContext, manifest: Manifest, segmenter: Artifact) -> Artif
                 output=artifact.folder,
                 settings=context.experiment.stream,
                 bar=bar,
-                stage="predict",
+                stage=stage,
             )
         return stream_stats(summaries)
 
     return complete(
         context,
-        name="predictions",
-        stage="predict",
+        name=name,
+        stage=stage,
         inputs={
             "settings": settings.model_dump(mode="json"),
             "manifest": manifest.fingerprint,

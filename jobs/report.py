@@ -137,7 +137,8 @@ def headline_metrics(numbers: RunNumbers) -> dict[str, float | None]:
         for split, score in numbers.cams[max(numbers.cams)]["splits"].items():
             values[f"final/cam_miou_{split}_best"] = score["best"]["miou"]
             values[f"final/cam_miou_{split}_015"] = score["fixed"]["miou"]
-    for name, scores in (("pseudo_mask", numbers.pseudo_masks), ("segmenter", numbers.evaluation)):
+    made = {"pseudo_mask": numbers.pseudo_masks, "segmenter": numbers.evaluation, "supervised": numbers.supervised}
+    for name, scores in made.items():
         for split, score in ((scores or {}).get("splits") or {}).items():
             values[f"final/{name}_miou_{split}"] = score["miou"]
     return values

@@ -22,6 +22,9 @@ _LAST_STAGES = (
     ("train_segmenter", "segmenter"),
     ("predict", "predictions"),
     ("evaluate", "evaluation"),
+    ("train_supervised", "supervised/segmenter"),
+    ("predict_supervised", "supervised/predictions"),
+    ("evaluate_supervised", "supervised/evaluation"),
 )
 
 
@@ -63,6 +66,8 @@ class RunNumbers:
     pseudo_masks: dict[str, Any] | None
     segmenter: dict[str, Any] | None
     evaluation: dict[str, Any] | None
+    supervised: dict[str, Any] | None
+    """Scores of the segmenter that full masks trained."""
     bad_images: list[BadImage]
     num_bad: int
 
@@ -88,6 +93,7 @@ def read_numbers(storage: Storage, manifest: Manifest, num_rounds: int, max_bad:
         pseudo_masks=read_optional(storage, "pseudo_masks/scores.json"),
         segmenter=read_optional(storage, "segmenter/result.json"),
         evaluation=read_optional(storage, "evaluation/scores.json"),
+        supervised=read_optional(storage, "supervised/evaluation/scores.json"),
         bad_images=bad,
         num_bad=num_bad,
     )

@@ -63,6 +63,8 @@ def cards(numbers: RunNumbers) -> str:
     for score, title in ((numbers.evaluation, "Segmenter"), (numbers.pseudo_masks, "Pseudo masks")):
         for split, of_split in ((score or {}).get("splits") or {}).items():
             extra = f"pixel accuracy {number(of_split.get('pixel_accuracy'))}"
+            if title == "Segmenter" and (full := ((numbers.supervised or {}).get("splits") or {}).get(split)):
+                extra = f"{of_split['miou'] / full['miou']:.0%} of the {number(full['miou'])} with full masks"
             told = f"{split}, {of_split['num_images']} images · {extra}"
             made.append(_card(f"{title} mIoU", number(of_split["miou"]), told, True))
     if numbers.cams:
@@ -145,7 +147,7 @@ def _class_table(numbers: RunNumbers) -> str:
     columns: list[tuple[str, dict[str, Any]]] = []
     for index, scores in sorted(numbers.cams.items()):
         columns += [(f"CAM, round {index}<br>{esc(s)}, best", v["best"]) for s, v in scores["splits"].items()]
-    for title, scores_ in (("Pseudo masks", numbers.pseudo_masks), ("Segmenter", numbers.evaluation)):
+    for title, scores_ in _made_masks(numbers):
         columns += [(f"{title}<br>{esc(s)}", v) for s, v in ((scores_ or {}).get("splits") or {}).items()]
     baseline = ((numbers.evaluation or {}).get("baselines") or {}).get("all_background") or {}
     columns += [(f"All background<br>{esc(s)}", v) for s, v in baseline.items()]
@@ -165,6 +167,12 @@ def _class_table(numbers: RunNumbers) -> str:
     )
 
 
+def _made_masks(numbers: RunNumbers) -> list[tuple[str, dict[str, Any] | None]]:
+    """Titles and scores of what is scored as masks."""
+    made = [("Pseudo masks", numbers.pseudo_masks), ("Segmenter", numbers.evaluation)]
+    return [*made, ("Segmenter, full masks", numbers.supervised)]
+
+
 def heat(value: float | None) -> str:
     if value is None:
         return f'<td class="n">{NOTHING}</td>'
@@ -173,7 +181,7 @@ def heat(value: float | None) -> str:
 
 def _protocols(numbers: RunNumbers) -> str:
     scored = [("CAMs", numbers.cams[max(numbers.cams)] if numbers.cams else None)]
-    scored += [("Pseudo masks", numbers.pseudo_masks), ("Segmenter", numbers.evaluation)]
+    scored += _made_masks(numbers)
     parts = []
     for title, scores in scored:
         if scores and scores.get("protocol"):

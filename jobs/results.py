@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.storage import Storage
+from jobs.protocol import protocol_markdown
 
 Line = tuple[str, str, str]
 """(what, split, which number)"""
@@ -25,7 +26,7 @@ def results_tables(outputs: list[str]) -> str:
     seeds = [f"seed {storage.read_json('config.json')['rng_seed']}" for storage in storages]
     scores = markdown([scores_of_run(storage) for storage in storages], seeds)
     curves = "\n\n".join(curve_markdown(curves, split) for split, curves in _curves(storages).items())
-    return f"{scores}\n\n{curves}"
+    return f"{scores}\n\n{protocol_markdown(_protocols(storages[0]))}\n\n{curves}"
 
 
 def scores_of_run(storage: Storage) -> dict[Line, float | None]:
@@ -47,7 +48,22 @@ def scores_of_run(storage: Storage) -> dict[Line, float | None]:
         lines[("pseudo masks", split, "mIoU")] = score["miou"]
     for split, score in storage.read_json("evaluation/scores.json")["splits"].items():
         lines[("segmenter", split, "mIoU")] = score["miou"]
+    if storage.exists("supervised/evaluation/scores.json"):
+        for split, score in storage.read_json("supervised/evaluation/scores.json")["splits"].items():
+            lines[("segmenter from full masks", split, "mIoU")] = score["miou"]
+            from_tags = lines[("segmenter", split, "mIoU")]
+            ratio = from_tags / score["miou"] if from_tags is not None and score["miou"] else None
+            lines[("tags / full masks", split, "ratio")] = ratio
     return lines
+
+
+def _protocols(storage: Storage) -> dict[str, dict[str, Any]]:
+    """How each kind of number was taken."""
+    scored = {"CAM": _cams(storage)[-1], "pseudo masks": storage.read_json("pseudo_masks/scores.json")}
+    for what, folder in (("segmenter", "evaluation"), ("segmenter from full masks", "supervised/evaluation")):
+        if storage.exists(f"{folder}/scores.json"):
+            scored[what] = storage.read_json(f"{folder}/scores.json")
+    return {what: scores["protocol"] for what, scores in scored.items()}
 
 
 def _cams(storage: Storage) -> list[dict[str, Any]]:

@@ -118,6 +118,7 @@ def _scores(storage: Storage, step: StagePlan) -> list[tuple[str, str, str, str,
         "make_cams": f"CAM, round {step.round_index}",
         "make_pseudo_masks": "pseudo masks",
         "evaluate": "segmenter",
+        "evaluate_supervised": "segmenter, full masks",
     }
     if step.stage not in names:
         return []

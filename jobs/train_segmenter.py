@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,17 +59,17 @@ class SegmenterTrainee:
     """What the worker loop needs to know of the segmenter."""
 
     settings: SegmenterStageSettings
-    num_classes: int
+    classes: ClassTable
+    """Whose mask values say what the stored masks mean: none for pseudo masks, which hold class ids."""
 
     def build_model(self) -> torch.nn.Module:
-        model, report = build_segmenter(self.settings.model, self.num_classes, read_uri=read_uri)
+        model, report = build_segmenter(self.settings.model, self.classes.num_classes, read_uri=read_uri)
         model.weights_account = report.summary()
         return model
 
     def make_sample(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         image = decode_image(read_uri(row["uri"]))
-        lut = ClassTable(tuple(str(index) for index in range(self.num_classes))).mask_lut()
-        mask = decode_mask(read_uri(row["mask_uri"]), lut)
+        mask = decode_mask(read_uri(row["mask_uri"]), self.classes.mask_lut())
         mean, _ = input_statistics(self.settings.model.backbone.name)
         pad_rgb = (round(mean[0]), round(mean[1]), round(mean[2]))
         crop, mask_crop = augment(image, self.settings.augment, rng, pad_rgb=pad_rgb, mask=mask)
@@ -98,26 +99,55 @@ class SegmenterTrainee:
 
 def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact) -> Artifact:
     """Train on every image that has a pseudo mask."""
+    return train_on(
+        context,
+        manifest,
+        lambda: pseudo_mask_rows(manifest, pseudo_masks),
+        masks={"pseudo_masks": pseudo_masks.output_fingerprint},
+        classes=ClassTable(manifest.classes.names),
+    )
+
+
+def pseudo_mask_rows(manifest: Manifest, pseudo_masks: Artifact) -> pa.Table:
+    """image_id, uri and mask_uri of the images that have a pseudo mask."""
+    names = manifest.shard_names("train")
+    masks = [pseudo_masks.folder.read_table(f"{name}.parquet", ["image_id", "mask_uri"]) for name in names]
+    return with_column(manifest.rows("train", ["image_id", "uri"]), pa.concat_tables(masks), "mask_uri")
+
+
+def train_on(
+    context: StageContext,
+    manifest: Manifest,
+    rows: Callable[[], pa.Table],
+    *,
+    masks: dict[str, Any],
+    classes: ClassTable,
+    name: str = "segmenter",
+    stage: str = "train_segmenter",
+) -> Artifact:
+    """Train the segmenter of the settings on some masks.
+
+    rows: image_id, uri, mask_uri. masks: what names those masks in the fingerprint. classes: what their values mean.
+    name: the folder to write. The model goes to MLflow where the masks are pseudo masks.
+    """
     experiment = context.experiment
     settings = experiment.segmenter
+    title = stage.replace("_", " ")
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
-        names = manifest.shard_names("train")
-        masks = [pseudo_masks.folder.read_table(f"{name}.parquet", ["image_id", "mask_uri"]) for name in names]
-        rows = with_column(manifest.rows("train", ["image_id", "uri"]), pa.concat_tables(masks), "mask_uri")
+        table = rows()
         artifact.folder.write_json(
             "segmenter.json",
             {
                 "model": settings.model.model_dump(mode="json"),
-                "classes": list(manifest.classes.names),
+                "classes": list(classes.names),
                 "base_px": trained_px(settings),
             },
         )
-        total = rows.num_rows * settings.optimiser.epochs
-        with context.progress.stage("train segmenter", total=total, unit="images") as bar:
+        with context.progress.stage(title, total=table.num_rows * settings.optimiser.epochs, unit="images") as bar:
             result = train(
-                SegmenterTrainee(settings, manifest.classes.num_classes),
-                rows,
+                SegmenterTrainee(settings, classes),
+                table,
                 val_rows=None,
                 folder=artifact.folder,
                 optimiser=settings.optimiser,
@@ -126,11 +156,12 @@ def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact) -> Ar
                 max_bad_frac=experiment.stream.max_bad_frac,
                 bar=bar,
                 on_metrics=lambda step, values: child.log_metrics(
-                    {f"train_segmenter/{key}": value for key, value in values.items()}, step
+                    {f"{stage}/{key}": value for key, value in values.items()}, step
                 ),
             )
-        warn_of_loss(context, "train segmenter", result)
-        log_model(context, manifest, artifact.folder)
+        warn_of_loss(context, title, result)
+        if "pseudo_masks" in masks:
+            log_model(context, manifest, artifact.folder)
         return {
             "weights": artifact.folder.read_json("result.json")["weights"],
             "num_images": result.num_images,
@@ -142,12 +173,12 @@ def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact) -> Ar
 
     return complete(
         context,
-        name="segmenter",
-        stage="train_segmenter",
+        name=name,
+        stage=stage,
         inputs={
             "settings": settings.model_dump(mode="json", exclude={"compute": True, "optimiser": {"keep_checkpoints"}}),
             "rng_seed": experiment.rng_seed,
-            "pseudo_masks": pseudo_masks.output_fingerprint,
+            **masks,
         },
         work=work,
     )
