@@ -17,6 +17,7 @@ from cluster.runtime import ClusterSettings
 from cluster.storage import read_uri
 from cluster.streams import StreamSettings
 from cluster.tracking import TrackingSettings
+from jobs.choose_round import ChoiceSettings
 from jobs.evaluate import EvaluationSettings
 from jobs.extract_features import FeatureSettings
 from jobs.make_cams import CamStageSettings
@@ -59,6 +60,8 @@ class Experiment(Settings):
     """How each parent class is split; [round.N] may override it."""
     cams: CamStageSettings = CamStageSettings()
     """How maps are made and scored; [round.N] may override it."""
+    choice: ChoiceSettings = ChoiceSettings()
+    """How the round that masks are made from is chosen."""
     pseudo_masks: PseudoMaskStageSettings = PseudoMaskStageSettings()
     """How maps become masks."""
     segmenter: SegmenterStageSettings = SegmenterStageSettings()

@@ -1,21 +1,25 @@
 """Class activation maps of the tagged classes, and their score wherever there is ground truth.
 
 Reads:   manifest, classifier of the round
-Writes:  rounds/RR/cams: part-*.parquet (schema CAMS, a quarter of the resolution); scores.json with the threshold curve
+Writes:  rounds/RR/cams: part-*.parquet (schema CAMS, a quarter of the resolution); scores.json with the threshold
+         curves. `run_train` writes the same tables of the whole train split, of the round that was chosen, to cams
 Runs on: a fixed pool of Ray Data actors, a shard at a time; in process with stream.num_actors = 0
 
-The last round covers the train split, which becomes pseudo masks; earlier rounds only the images with ground truth, so
-that rounds can be compared. Tags gate the maps on every split: no deployable numbers, and the protocol says so.
+A round's own folder covers what rounds are compared by: the images with ground truth, and a sample of the train split
+that is scored without it (subcat_core/label_free.py). Tags gate the maps on every split: no deployable numbers, and the
+protocol says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from pydantic import Field
 
@@ -26,12 +30,14 @@ from cluster.tracking import ChildRun
 from jobs.context import StageContext, complete, round_folder, stream_stats
 from jobs.manifest import Manifest
 from jobs.protocol import TAGS, Protocol
+from jobs.sample import sample_ids
 from jobs.scoring import PAPER_THRESHOLD, SplitSweeps
 from jobs.train_classifier import ClassifierSettings, load_classifier
 from subcat_core import schemas
 from subcat_core.cam import CamSettings, compute_cams, upsample_cam
-from subcat_core.classes import ClassTable
+from subcat_core.classes import ClassTable, to_class_ids
 from subcat_core.images import ImageError, decode_mask
+from subcat_core.label_free import LabelFreeGrid
 from subcat_core.metrics import ThresholdSweep
 from subcat_core.settings import Settings
 
@@ -46,6 +52,9 @@ class CamStageSettings(Settings):
     """Stride of the maps, by dilating the trained network; None: as trained. Half the stride costs twice the time."""
     batch_size: int = Field(default=8, ge=1)
     """Images whose maps are computed together; only equal sizes share a forward pass."""
+    num_label_free: int = Field(default=160, ge=2, le=100_000)
+    """Images of the train split that are scored without ground truth, to choose a round by; few suffice, since the
+    same images are compared in every round."""
     num_thresholds: int = Field(default=60, ge=2, le=1000)
     """Points of the threshold curve between 0 and 1; the paper's 0.15 is always one of them."""
 
@@ -64,11 +73,12 @@ class CamWorker:
         classifier_settings: ClassifierSettings,
         classes: ClassTable,
         settings: CamStageSettings,
-        only_scored: bool,
+        sample: frozenset[str] | None,
     ) -> None:
+        """sample: image_ids that are scored without ground truth; None: all images, and none is scored."""
         self.settings = settings
         self.classes = classes
-        self.only_scored = only_scored
+        self.sample = sample
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = (
             load_classifier(classifier, classifier_settings, classes.num_classes, settings.output_stride)
@@ -78,8 +88,9 @@ class CamWorker:
 
     def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
         table = inputs["manifest"]
-        if self.only_scored:
-            table = table.filter(table["mask_uri"].is_valid())
+        if self.sample is not None:
+            in_sample = pc.is_in(table["image_id"], value_set=pa.array(sorted(self.sample), pa.string()))
+            table = table.filter(pc.or_(table["mask_uri"].is_valid(), in_sample))
         num_classes, thresholds = self.classes.num_classes, self.settings.thresholds()
         made = _Made(ThresholdSweep(num_classes, thresholds), ThresholdSweep(num_classes, thresholds))
         waiting: list[tuple[dict[str, Any], np.ndarray]] = []
@@ -91,7 +102,7 @@ class CamWorker:
             if len(waiting) == self.settings.batch_size:
                 self._flush(waiting, made)
         self._flush(waiting, made)
-        stats = {"sweep": made.sweep.to_json(), "num_scored": made.num_scored}
+        stats = {"sweep": made.sweep.to_json(), "num_scored": made.num_scored, "label_free": made.label_free}
         if self.settings.cam.affinity is not None:
             stats["plain_sweep"] = made.plain_sweep.to_json()
         table = pa.Table.from_pylist(made.rows, schemas.CAMS)
@@ -112,7 +123,12 @@ class CamWorker:
                     "cam": stored.ravel(),
                 }
             )
-            if not row["mask_uri"] or not present:  # without tags nothing competes with background
+            if self.sample is None or not present:  # without tags nothing competes with background
+                continue
+            if row["image_id"] in self.sample:
+                grid = LabelFreeGrid(cam.maps, to_class_ids(np.asarray(present)), image)
+                made.label_free[row["image_id"]] = grid.threshold_scores(self.settings.thresholds()).tolist()
+            if not row["mask_uri"]:
                 continue
             try:
                 truth = read_truth(row, self.classes)
@@ -129,12 +145,13 @@ class CamWorker:
 
 @dataclasses.dataclass
 class _Made:
-    """What a shard has so far. plain_sweep: of the maps before affinity spreads them."""
+    """What a shard has so far. plain_sweep: of the maps before affinity spreads them. label_free: image_id -> (T,)."""
 
     sweep: ThresholdSweep
     plain_sweep: ThresholdSweep
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     bad: list[BadRow] = dataclasses.field(default_factory=list)
+    label_free: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     num_scored: int = 0
 
 
@@ -154,42 +171,25 @@ def read_cams(table: pa.Table) -> dict[str, tuple[list[int], np.ndarray]]:
     return cams
 
 
-def run(context: StageContext, manifest: Manifest, round_index: int, classifier: Artifact, *, last: bool) -> Artifact:
-    """CAMs of one round; `last` adds the whole train split."""
+def run(context: StageContext, manifest: Manifest, round_index: int, classifier: Artifact) -> Artifact:
+    """CAMs of one round, of the images that rounds are compared by."""
     experiment = context.experiment
     settings = experiment.cams
-    scored = set(manifest.shard_names(with_masks=True))
-    train = manifest.shard_names("train")
-    shards = sorted(scored | set(train)) if last else sorted(scored)
+    sample = sample_ids(manifest, settings.num_label_free)
+    shards = sorted({*manifest.shard_names(with_masks=True), *sample})
+    in_sample = frozenset(image_id for ids in sample.values() for image_id in ids)
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
-        total = sum(shard.num_rows for shard in manifest.shards if shard.name in shards)
         sweeps, plain_sweeps = SplitSweeps(manifest, "sweep"), SplitSweeps(manifest, "plain_sweep")
+        label_free: dict[str, list[float]] = {}
 
         def fold(summary: ShardSummary) -> None:
             sweeps.add(summary)
+            label_free.update(summary.stats["label_free"])
             if settings.cam.affinity is not None:
                 plain_sweeps.add(summary)
 
-        with context.progress.stage(f"make CAMs, round {round_index}", total=total, unit="images") as bar:
-            summaries = map_shards(
-                CamWorker,
-                {
-                    "classifier": classifier.folder,
-                    "classifier_settings": experiment.classifier,
-                    "classes": manifest.classes,
-                    "settings": settings,
-                    "only_scored": not last,
-                },
-                inputs={"manifest": manifest.folder},
-                columns={"manifest": COLUMNS},
-                shards=shards,
-                output=artifact.folder,
-                settings=experiment.stream,
-                bar=bar,
-                stage="make_cams",
-                fold=fold,
-            )
+        stats = _stream(context, manifest, artifact, classifier, shards, f"round {round_index}", in_sample, fold)
         affinity = settings.cam.affinity
         protocol = Protocol(
             supervision=TAGS,
@@ -208,6 +208,7 @@ def run(context: StageContext, manifest: Manifest, round_index: int, classifier:
         scores: dict[str, Any] = {"protocol": protocol, "splits": sweeps.scores()}
         for split, plain in plain_sweeps.scores().items():
             scores["splits"][split]["plain"] = {key: plain[key] for key in ("fixed", "best", "miou")}
+        scores["label_free"] = label_free_scores(settings.thresholds(), label_free)
         artifact.folder.write_json("scores.json", scores)
         for split, score in scores["splits"].items():
             values = {
@@ -215,18 +216,94 @@ def run(context: StageContext, manifest: Manifest, round_index: int, classifier:
                 f"make_cams/miou_{split}_015": score["fixed"]["miou"],
             }
             child.log_metrics(values, round_index)
-        return stream_stats(summaries)
+        child.log_metrics({"make_cams/label_free": scores["label_free"]["best"]["score"]}, round_index)
+        return stats
 
     return complete(
         context,
         name=round_folder(round_index, "cams"),
         stage="make_cams",
         round_index=round_index,
+        inputs={**_inputs(settings, manifest, classifier), "covers": "images with ground truth, and a sample of train"},
+        work=work,
+    )
+
+
+def run_train(context: StageContext, manifest: Manifest, round_index: int, classifier: Artifact) -> Artifact:
+    """CAMs of the whole train split by the classifier of the chosen round; `context` has that round's settings."""
+
+    def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
+        shards, where = manifest.shard_names("train"), f"train split, round {round_index}"
+        return _stream(context, manifest, artifact, classifier, shards, where, None, lambda summary: None)
+
+    return complete(
+        context,
+        name="cams",
+        stage="make_train_cams",
         inputs={
-            "settings": settings.model_dump(mode="json", exclude={"batch_size": True, "cam": {"pass_px"}}),
-            "manifest": manifest.fingerprint,
-            "classifier": classifier.output_fingerprint,
-            "whole_train_split": last,
+            **_inputs(context.experiment.cams, manifest, classifier, leave_out={"num_label_free", "num_thresholds"}),
+            "covers": "train",
         },
         work=work,
     )
+
+
+def label_free_scores(thresholds: list[float], by_image: dict[str, list[float]]) -> dict[str, Any]:
+    """The label-free part of scores.json: the mean curve, its best threshold, and each image's score there."""
+    ids = sorted(by_image)
+    curves = np.array([by_image[image_id] for image_id in ids]).reshape(len(ids), len(thresholds))
+    curve = curves.mean(axis=0) if ids else np.zeros(len(thresholds))
+    best = int(curve.argmax())
+    return {
+        "num_images": len(ids),
+        "thresholds": thresholds,
+        "score": [round(float(value), 6) for value in curve],
+        "best": {"threshold": thresholds[best], "score": round(float(curve[best]), 6)},
+        "images": {image_id: round(float(value), 6) for image_id, value in zip(ids, curves[:, best], strict=True)},
+    }
+
+
+def _inputs(
+    settings: CamStageSettings, manifest: Manifest, classifier: Artifact, leave_out: Collection[str] = ()
+) -> dict[str, Any]:
+    excluded: dict[str, Any] = {"batch_size": True, "cam": {"pass_px"}, **dict.fromkeys(leave_out, True)}
+    return {
+        "settings": settings.model_dump(mode="json", exclude=excluded),
+        "manifest": manifest.fingerprint,
+        "classifier": classifier.output_fingerprint,
+    }
+
+
+def _stream(
+    context: StageContext,
+    manifest: Manifest,
+    artifact: Artifact,
+    classifier: Artifact,
+    shards: list[str],
+    where: str,
+    sample: frozenset[str] | None,
+    fold: Callable[[ShardSummary], None],
+) -> dict[str, Any]:
+    """Maps of some shards; where: for the progress bar. Returns the stream's stats."""
+    experiment = context.experiment
+    total = sum(shard.num_rows for shard in manifest.shards if shard.name in set(shards))
+    with context.progress.stage(f"make CAMs, {where}", total=total, unit="images") as bar:
+        summaries = map_shards(
+            CamWorker,
+            {
+                "classifier": classifier.folder,
+                "classifier_settings": experiment.classifier,
+                "classes": manifest.classes,
+                "settings": experiment.cams,
+                "sample": sample,
+            },
+            inputs={"manifest": manifest.folder},
+            columns={"manifest": COLUMNS},
+            shards=shards,
+            output=artifact.folder,
+            settings=experiment.stream,
+            bar=bar,
+            stage="make_cams",
+            fold=fold,
+        )
+    return stream_stats(summaries)

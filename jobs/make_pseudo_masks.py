@@ -1,6 +1,6 @@
 """CAM -> background score -> dense CRF -> pseudo mask, in one stream: nothing at full resolution is kept but the masks.
 
-Reads:   manifest (train), CAMs of the last round
+Reads:   manifest (train), CAMs of the chosen round
 Writes:  pseudo_masks: png/<image_id>.png (indexed, with palette), part-*.parquet (schema MASKS); scores.json
 Runs on: a fixed pool of Ray Data actors on CPUs, a shard at a time; in process with stream.num_actors = 0
 """
@@ -87,9 +87,9 @@ class PseudoMaskWorker:
         return ShardOutput(pa.Table.from_pylist(made, schemas.MASKS), bad=bad, stats=stats, num_rows=len(made))
 
 
-def run(context: StageContext, manifest: Manifest, cams: Artifact) -> Artifact:
-    """Pseudo masks of the train split."""
-    settings = context.experiment.pseudo_masks
+def run(context: StageContext, manifest: Manifest, cams: Artifact, mask: PseudoMaskSettings) -> Artifact:
+    """Pseudo masks of the train split. context: with the settings of the chosen round. mask: as choose_round has it."""
+    settings = context.experiment.pseudo_masks.model_copy(update={"mask": mask})
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
         confusions, areas = SplitConfusions(manifest), {"coverage": 0.0, "ignored": 0.0}
@@ -116,19 +116,19 @@ def run(context: StageContext, manifest: Manifest, cams: Artifact) -> Artifact:
         num_made = max(stats["num_images"], 1)
         stats["coverage_frac"] = areas["coverage"] / num_made
         stats["ignore_frac"] = areas["ignored"] / num_made
-        mask = settings.mask
-        background = f"(1 - max)^{mask.alpha}" if mask.background == "power" else f"constant {mask.background_score}"
-        last = context.experiment.for_round(context.experiment.rounds)
+        background = (
+            f"(1 - max)^{mask.alpha:.3g}" if mask.background == "power" else f"constant {mask.background_score:.3g}"
+        )
         protocol = Protocol(
             supervision=TAGS,
             masks=context.experiment.evaluation.masks,
             tags="used: only the tagged classes compete",
             threshold=f"argmax over the tagged classes and background {background}, before unsure pixels become 255",
             crf=mask.crf,
-            scales=last.cams.cam.scales,
-            flip=last.cams.cam.flip,
-            base_px=last.cams.cam.base_px,
-            weights=last.classifier.backbone.weights,
+            scales=context.experiment.cams.cam.scales,
+            flip=context.experiment.cams.cam.flip,
+            base_px=context.experiment.cams.cam.base_px,
+            weights=context.experiment.classifier.backbone.weights,
             rng_seed=context.experiment.rng_seed,
             details={"min_confidence": mask.min_confidence},
         ).to_json()

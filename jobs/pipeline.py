@@ -2,11 +2,11 @@
 
     prepare
     round 0..R:  train_classifier -> make_cams (score) and, but for the last round, extract_features -> cluster_features
-    make_pseudo_masks -> train_segmenter -> predict -> evaluate
+    choose_round -> make_train_cams -> make_pseudo_masks -> train_segmenter -> predict -> evaluate
     [where the config has `supervised`: train_supervised -> predict_supervised -> evaluate_supervised] -> report
 
 Every classifier starts from the pretrained weights again; a round hands on only its sub-categories. The last round
-makes none, for nothing would use them.
+makes none, for nothing would use them. Pseudo masks come from the round that choose_round keeps.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from cluster.artifacts import Artifact
 from jobs import (
+    choose_round,
     cluster_features,
     evaluate,
     extract_features,
@@ -60,6 +61,8 @@ def plan(experiment: Experiment) -> list[StagePlan]:
             steps.append(StagePlan("extract_features", index, round_folder(index, "features")))
             steps.append(StagePlan("cluster_features", index, round_folder(index, "subcategories")))
     steps += [
+        StagePlan("choose_round", None, choose_round.FOLDER),
+        StagePlan("make_train_cams", None, "cams"),
         StagePlan("make_pseudo_masks", None, "pseudo_masks"),
         StagePlan("train_segmenter", None, "segmenter"),
         StagePlan("predict", None, "predictions"),
@@ -79,6 +82,8 @@ STAGES = (
     "make_cams",
     "extract_features",
     "cluster_features",
+    "choose_round",
+    "make_train_cams",
     "make_pseudo_masks",
     "train_segmenter",
     "predict",
@@ -132,12 +137,14 @@ def _run_stages(context: StageContext) -> Iterator[str]:
     yield "prepare"
 
     subcategories: Artifact | None = None
+    classifiers, cams = [], []
     for round_index in range(context.experiment.rounds + 1):
         last = round_index == context.experiment.rounds
         in_round = context.for_round(round_index)
         classifier = train_classifier.run(in_round, manifest, round_index, subcategories)
+        classifiers.append(classifier)
         yield "train_classifier"
-        cams = make_cams.run(in_round, manifest, round_index, classifier, last=last)
+        cams.append(make_cams.run(in_round, manifest, round_index, classifier))
         yield "make_cams"
         if not last:
             features = extract_features.run(in_round, manifest, round_index, classifier)
@@ -145,7 +152,12 @@ def _run_stages(context: StageContext) -> Iterator[str]:
             subcategories = cluster_features.run(in_round, manifest, round_index, features)
             yield "cluster_features"
 
-    pseudo_masks = make_pseudo_masks.run(context, manifest, cams)
+    choice = choose_round.run(context, manifest, cams)
+    yield "choose_round"
+    chosen = context.for_round(choice.round_index)
+    train_cams = make_cams.run_train(chosen, manifest, choice.round_index, classifiers[choice.round_index])
+    yield "make_train_cams"
+    pseudo_masks = make_pseudo_masks.run(chosen, manifest, train_cams, choice.mask)
     yield "make_pseudo_masks"
     segmenter = train_segmenter.run(context, manifest, pseudo_masks)
     yield "train_segmenter"

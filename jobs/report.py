@@ -133,8 +133,8 @@ def choose_examples(
 def headline_metrics(numbers: RunNumbers) -> dict[str, float | None]:
     """The scores of the run's end for its MLflow parent run: those by which runs are compared."""
     values: dict[str, float | None] = {}
-    if numbers.cams:
-        for split, score in numbers.cams[max(numbers.cams)]["splits"].items():
+    if numbers.final_round in numbers.cams:
+        for split, score in numbers.cams[numbers.final_round]["splits"].items():
             values[f"final/cam_miou_{split}_best"] = score["best"]["miou"]
             values[f"final/cam_miou_{split}_015"] = score["fixed"]["miou"]
     made = {"pseudo_mask": numbers.pseudo_masks, "segmenter": numbers.evaluation, "supervised": numbers.supervised}

@@ -18,6 +18,8 @@ _ROUND_STAGES = (
     ("cluster_features", "subcategories"),
 )
 _LAST_STAGES = (
+    ("choose_round", "choice"),
+    ("make_train_cams", "cams"),
     ("make_pseudo_masks", "pseudo_masks"),
     ("train_segmenter", "segmenter"),
     ("predict", "predictions"),
@@ -63,6 +65,8 @@ class RunNumbers:
     cams: dict[int, dict[str, Any]]
     classifiers: dict[int, dict[str, Any]]
     subcategories: dict[int, dict[str, Any]]
+    choice: dict[str, Any] | None
+    """choice.json: the round that was chosen and why."""
     pseudo_masks: dict[str, Any] | None
     segmenter: dict[str, Any] | None
     evaluation: dict[str, Any] | None
@@ -70,6 +74,13 @@ class RunNumbers:
     """Scores of the segmenter that full masks trained."""
     bad_images: list[BadImage]
     num_bad: int
+
+    @property
+    def final_round(self) -> int | None:
+        """The round that masks are made from; the last one so far where none is chosen yet; None before any."""
+        if self.choice is not None:
+            return int(self.choice["round_index"])
+        return max(self.cams, default=None)
 
     def stage(self, name: str, round_index: int | None = None) -> StageRecord | None:
         """The record of a stage, or None while it is not complete."""
@@ -90,6 +101,7 @@ def read_numbers(storage: Storage, manifest: Manifest, num_rounds: int, max_bad:
         cams=_by_round(storage, rounds, "cams/scores.json"),
         classifiers=_by_round(storage, rounds, "classifier/result.json"),
         subcategories=_by_round(storage, rounds, "subcategories/result.json"),
+        choice=read_optional(storage, "choice/choice.json"),
         pseudo_masks=read_optional(storage, "pseudo_masks/scores.json"),
         segmenter=read_optional(storage, "segmenter/result.json"),
         evaluation=read_optional(storage, "evaluation/scores.json"),

@@ -67,8 +67,8 @@ def cards(numbers: RunNumbers) -> str:
                 extra = f"{of_split['miou'] / full['miou']:.0%} of the {number(full['miou'])} with full masks"
             told = f"{split}, {of_split['num_images']} images · {extra}"
             made.append(_card(f"{title} mIoU", number(of_split["miou"]), told, True))
-    if numbers.cams:
-        last = max(numbers.cams)
+    last = numbers.final_round
+    if last in numbers.cams:
         for split, of_split in numbers.cams[last]["splits"].items():
             best, fixed = of_split["best"], of_split["fixed"]
             at_fixed = f"{number(fixed['miou'])} at {fixed['threshold']:g}"
@@ -104,9 +104,34 @@ def scores_section(numbers: RunNumbers) -> str:
     parts = [_curves(numbers, split) for split in splits]
     if not splits and not _has_splits(numbers.pseudo_masks) and not _has_splits(numbers.evaluation):
         parts.append('<p class="soft">No image of this run has ground truth, so there is nothing to score.</p>')
-    parts += [_class_table(numbers), _protocols(numbers)]
+    parts += [_choice(numbers), _class_table(numbers), _protocols(numbers)]
     lead = "Intersection over union with annotated masks, background included; an image without a mask is not scored."
     return section("scores", "Scores", "".join(parts), lead)
+
+
+def _choice(numbers: RunNumbers) -> str:
+    """Which round the masks come from, and by what."""
+    if numbers.choice is None:
+        return ""
+    rows = []
+    for index, step in enumerate(numbers.choice["rounds"]):
+        compared = ""
+        if index:
+            verdict = "clearly better" if step["clearly_better"] else "not clearly better"
+            difference = f"{step['difference']:+.4f} ± {step['standard_error']:.4f}"
+            compared = f"{difference} against round {step['compared_with']}: {verdict}"
+        rows.append([f"round {index}", compared, number(step["score"], 4), f"{step['threshold']:.2f}"])
+    for step in numbers.choice.get("background") or []:
+        value = step["alpha"] if numbers.choice["mask"]["background"] == "power" else step["background_score"]
+        name = "alpha" if numbers.choice["mask"]["background"] == "power" else "background"
+        rows.append([f"{name} {value:.2f}", "masks of a part of the sample", number(step["score"], 4), ""])
+    table_ = table(["", "", "score", "threshold"], rows, text_columns=2)
+    told = (
+        f'<p class="note">Masks are made from round {numbers.choice["round_index"]}. No ground truth was looked at; '
+        "the score asks whether maps decide, and whether their regions are regions of the picture, on a sample of the "
+        "train split.</p>"
+    )
+    return f"<h3>The choice, without ground truth</h3>{table_}{told}"
 
 
 def _has_splits(scores: Mapping[str, Any] | None) -> bool:
@@ -180,7 +205,7 @@ def heat(value: float | None) -> str:
 
 
 def _protocols(numbers: RunNumbers) -> str:
-    scored = [("CAMs", numbers.cams[max(numbers.cams)] if numbers.cams else None)]
+    scored = [("CAMs", numbers.cams.get(numbers.final_round or 0))]
     scored += _made_masks(numbers)
     parts = []
     for title, scores in scored:

@@ -5,6 +5,7 @@ Only as many shards are read as it takes, one at a time, so that a run of ten mi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 
 from cluster.storage import Storage, StorageError, read_uri
 from jobs.manifest import Manifest
+from jobs.report_numbers import read_optional
 from subcat_core.cam import upsample_cam
 from subcat_core.classes import BACKGROUND, IGNORE, ClassTable
 from subcat_core.images import ImageError, decode_image, decode_mask
@@ -69,6 +71,9 @@ class PictureReader:
         self._side_px = side_px
         self._truth_lut = manifest.classes.mask_lut()
         self._made_lut = ClassTable(manifest.classes.names).mask_lut()
+        choice = read_optional(storage, "choice/choice.json") or {}
+        self._cam_folders = {choice.get("round_index"): "cams"}
+        """Of the chosen round, whose maps of the whole train split lie in a folder of their own."""
 
     def candidates(self, kind: str, limit: int) -> list[Candidate]:
         """At most `limit` images of `pseudo_masks` or `predictions`, from shards spread evenly over the run; scored."""
@@ -138,11 +143,12 @@ class PictureReader:
     def _cam_panels(self, candidate: Candidate, picture: np.ndarray, round_index: int) -> list[Panel]:
         """The maps of an image in one round, a panel a class."""
         caption = f"CAM, round {round_index}"
-        try:
-            table = self._storage.read_table(f"rounds/{round_index:02d}/cams/{candidate.shard}.parquet")
-        except FileNotFoundError:
-            return [Panel(caption, None)]
-        rows = table.filter(pc.equal(table["image_id"], candidate.image_id)).to_pylist()
+        rows: list[dict[str, Any]] = []
+        for folder in (f"rounds/{round_index:02d}/cams", self._cam_folders.get(round_index)):
+            with contextlib.suppress(FileNotFoundError):
+                if folder and not rows:
+                    table = self._storage.read_table(f"{folder}/{candidate.shard}.parquet")
+                    rows = table.filter(pc.equal(table["image_id"], candidate.image_id)).to_pylist()
         if not rows or not rows[0]["class_indices"]:
             return [Panel(caption, None)]
         row = rows[0]

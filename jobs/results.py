@@ -26,7 +26,8 @@ def results_tables(outputs: list[str]) -> str:
     seeds = [f"seed {storage.read_json('config.json')['rng_seed']}" for storage in storages]
     scores = markdown([scores_of_run(storage) for storage in storages], seeds)
     curves = "\n\n".join(curve_markdown(curves, split) for split, curves in _curves(storages).items())
-    return f"{scores}\n\n{protocol_markdown(_protocols(storages[0]))}\n\n{curves}"
+    parts = [scores, protocol_markdown(_protocols(storages[0])), curves, rank_correlations(storages)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def scores_of_run(storage: Storage) -> dict[Line, float | None]:
@@ -44,6 +45,12 @@ def scores_of_run(storage: Storage) -> dict[Line, float | None]:
                 lines[(name, split, f"at {curve['fixed']['threshold']:.2f}")] = curve["fixed"]["miou"]
                 lines[(name, split, "at best threshold")] = curve["best"]["miou"]
                 lines[(name, split, "best threshold")] = curve["best"]["threshold"]
+    choice = storage.read_json("choice/choice.json")
+    for index, step in enumerate(choice["rounds"]):
+        lines[(f"score without ground truth, round {index}", "sample of train", "score")] = step["score"]
+        lines[(f"score without ground truth, round {index}", "sample of train", "its threshold")] = step["threshold"]
+    lines[("round chosen by it", "", "round")] = choice["round_index"]
+    lines[("background chosen by it", "", "alpha")] = choice["mask"]["alpha"]
     for split, score in storage.read_json("pseudo_masks/scores.json")["splits"].items():
         lines[("pseudo masks", split, "mIoU")] = score["miou"]
     for split, score in storage.read_json("evaluation/scores.json")["splits"].items():
@@ -55,6 +62,38 @@ def scores_of_run(storage: Storage) -> dict[Line, float | None]:
             ratio = from_tags / score["miou"] if from_tags is not None and score["miou"] else None
             lines[("tags / full masks", split, "ratio")] = ratio
     return lines
+
+
+def rank_correlations(storages: Sequence[Storage]) -> str:
+    """Spearman's rank correlation of the score without ground truth with the true mIoU of the same maps.
+
+    Over every round and threshold of all runs together, of the train split, and how much mIoU is lost by taking each
+    round's threshold by that score instead of by ground truth. Empty where nothing has ground truth.
+    """
+    free, true, losses = [], [], []
+    for storage in storages:
+        for cams in _cams(storage):
+            if "train" in cams["splits"] and cams["label_free"]["num_images"]:
+                split, score = cams["splits"]["train"], cams["label_free"]["score"]
+                pairs = [pair for pair in zip(score, split["miou"], strict=True) if pair[1] is not None]
+                free += [pair[0] for pair in pairs]
+                true += [pair[1] for pair in pairs]
+                losses.append(split["best"]["miou"] - split["miou"][score.index(max(score))])
+    if len(free) < 2:
+        return ""
+    return (
+        f"Score without ground truth against mIoU on train, {len(losses)} rounds, {len(free)} pairs of round and "
+        f"threshold: rank correlation {statistics.correlation(_ranks(free), _ranks(true)):.3f}; its thresholds lose "
+        f"{statistics.mean(losses):.3f} mIoU against the best ones (at most {max(losses):.3f})."
+    )
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """1-based ranks; equal values share the mean of theirs."""
+    positions: dict[float, list[int]] = {}
+    for rank, value in enumerate(sorted(values), 1):
+        positions.setdefault(value, []).append(rank)
+    return [statistics.mean(positions[value]) for value in values]
 
 
 def _protocols(storage: Storage) -> dict[str, dict[str, Any]]:

@@ -107,6 +107,8 @@ def _found(step: StagePlan, stats: dict[str, Any]) -> str:
         texts.append(f"mAP {stats['map']:.3f}")
     if step.stage == "cluster_features" and stats:
         texts.append(f"{stats['num_passes']} passes" + ("" if stats.get("converged", True) else ", not converged"))
+    if step.stage == "choose_round" and stats:
+        texts.append(f"round {stats['round']}")
     if stats.get("num_bad"):
         texts.append(f"{stats['num_bad']} bad")
     return ", ".join(texts)

@@ -49,7 +49,7 @@ def test_dry_run_lists_stages_and_settings_and_does_nothing(
 ) -> None:
     assert call_cli(monkeypatch, "run", _toml(tmp_path, tiny_table), "--dry-run", "--set", "rounds=1") == 0
     told = capsys.readouterr().out
-    assert told.count("to do") == 11
+    assert told.count("to do") == 13
     assert "kmeans.num_clusters = 10" in told
     assert not (tmp_path / "out").exists()
 

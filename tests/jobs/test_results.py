@@ -29,6 +29,10 @@ def test_a_finished_run_gives_every_number(finished_run: str) -> None:
         "pseudo masks",
         "segmenter",
         "all background",
+        "score without ground truth, round 0",
+        "score without ground truth, round 1",
+        "round chosen by it",
+        "background chosen by it",
     }
     table = results_tables([finished_run, finished_run])
     assert table.startswith("| what | split | number | seed 0 | seed 0 | mean | spread |")

@@ -55,7 +55,7 @@ def test_it_trains_on_the_annotated_masks_of_the_images_that_have_a_pseudo_mask(
 def test_masks_of_a_folder_replace_those_of_the_manifest(tiny_table: Path, tmp_path: Path) -> None:
     values = small_values(tiny_table, str(tmp_path / "out"))
     values["supervised"] = {"masks_folder": str(tmp_path / "empty")}
-    with pytest.raises(ValueError, match="bad images among 12.*no such file"):
+    with pytest.raises(ValueError, match=r"bad images among 12.*no such file"):
         _run(parse_experiment(values))
 
 
