@@ -93,6 +93,7 @@ def run(context: StageContext, manifest: Manifest, predictions: Artifact) -> Art
             "threshold": "none: argmax over background and all classes",
             "crf": "no" if experiment.predict.crf is None else experiment.predict.crf.model_dump(mode="json"),
             "scales": list(experiment.predict.scales),
+            "merge": experiment.predict.merge,
             "flip": experiment.predict.flip,
             "base_px": experiment.predict.base_px or trained_px(experiment.segmenter),
             "weights": experiment.segmenter.model.backbone.weights,
