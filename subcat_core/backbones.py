@@ -18,8 +18,8 @@ import torchvision.models
 from pydantic import Field
 from torch import nn
 
-from subcat_core import caffe_resnet
 from subcat_core.freezing import TORCHVISION_STAGES, freeze_stages
+from subcat_core.own_networks import OWN_NETWORKS
 from subcat_core.settings import Settings
 from subcat_core.weights import LoadReport, ReadUri, StateDict, load_weights
 
@@ -111,7 +111,8 @@ def build_backbone(settings: BackboneSettings, *, read_uri: ReadUri | None = Non
     """
     library, name = split_name(settings.name)
     if library == "subcat":
-        net, num_features = _own_net(settings.output_stride)
+        own = OWN_NETWORKS[name]
+        net, num_features = own.build(settings.output_stride), own.num_features
     elif library == "torchvision":
         net, num_features = _torchvision_net(name, settings.output_stride)
     else:
@@ -139,7 +140,7 @@ def split_name(name: str) -> tuple[str, str]:
             '"torchvision:resnet50"'
         )
     if library == "subcat":
-        known = [caffe_resnet.NAME]
+        known = list(OWN_NETWORKS)
     elif library == "torchvision":
         known = [model for model in torchvision.models.list_models(torchvision.models) if "resne" in model]
     else:
@@ -156,7 +157,7 @@ def input_statistics(name: str) -> tuple[tuple[float, float, float], tuple[float
     """Mean and standard deviation of each channel, on the 0..255 scale, that the network's published weights expect."""
     library, network = split_name(name)
     if library == "subcat":
-        return caffe_resnet.MEAN_RGB, (1.0, 1.0, 1.0)
+        return OWN_NETWORKS[network].mean, OWN_NETWORKS[network].std
     if library == "torchvision":
         return IMAGENET_MEAN, IMAGENET_STD
     if network.partition(".")[0] == "tf_efficientnet_lite0":
@@ -169,14 +170,15 @@ def input_statistics(name: str) -> tuple[tuple[float, float, float], tuple[float
 
 def takes_bgr(name: str) -> bool:
     """Whether the network's published weights expect blue first."""
-    return split_name(name) == ("subcat", caffe_resnet.NAME)
+    library, network = split_name(name)
+    return library == "subcat" and OWN_NETWORKS[network].takes_bgr
 
 
 def head_prefixes(name: str) -> tuple[str, ...]:
     """Prefixes of the tensors of the network's own classifier, which a backbone leaves behind."""
     library, network = split_name(name)
     if library == "subcat":
-        return caffe_resnet.HEADS
+        return OWN_NETWORKS[network].heads
     if library == "torchvision":
         return ("fc.",)
     config = timm.models.get_pretrained_cfg(network)
@@ -215,7 +217,7 @@ def _middle_stage(backbone_name: str) -> str:
     """Name of the last module of stride 16 in the network as published; a dilated one counts further modules to it."""
     library, network = split_name(backbone_name)
     if library == "subcat":
-        return caffe_resnet.MIDDLE
+        return OWN_NETWORKS[network].middle
     if library == "torchvision":
         return "layer3"
     with torch.device("meta"):
@@ -224,10 +226,6 @@ def _middle_stage(backbone_name: str) -> str:
     if not names:
         raise ValueError(f"backbone {backbone_name!r} tells of no stage of stride 16; {_NO_MIDDLE}")
     return str(names[-1])
-
-
-def _own_net(output_stride: int) -> tuple[nn.Module, int]:
-    return caffe_resnet.CaffeResNet101(output_stride), caffe_resnet.NUM_FEATURES
 
 
 def _torchvision_net(name: str, output_stride: int) -> tuple[nn.Module, int]:

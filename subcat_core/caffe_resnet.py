@@ -13,16 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-NAME = "resnet101-caffe"
-"""In settings: subcat:resnet101-caffe."""
 STAGES = ("layer1", "layer2", "layer3", "layer4", "layer5")
 """The stem, and the four stages of blocks."""
-MIDDLE = "layer4"
-"""The last stage whose stride is 16 before dilation."""
-HEADS = ("fc.", "aspp.")
-"""Prefixes of what published files hold beside the backbone: a classifier, or DeepLab's own head."""
-MEAN_RGB = (122.675, 116.669, 104.008)
-"""Of pixels of 0..255; there is no division by a standard deviation. The network itself takes BGR."""
 NUM_FEATURES = 2048
 
 _NUM_BLOCKS = (3, 4, 23, 3)
