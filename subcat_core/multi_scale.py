@@ -14,7 +14,7 @@ from torch.nn import functional as F
 def scaled_images(images: torch.Tensor, scales: Sequence[float]) -> Iterator[torch.Tensor]:
     """(N, 3, H, W), uint8 or float, at each scale: (N, 3, int(H * scale), int(W * scale)), at least 1 px a side.
 
-    Bilinear without antialias and without rounding to whole grey levels, so float32; scale 1 is the images as they
+    Bilinear without antialias and without rounding to whole grey levels, so floats; scale 1 is the images as they
     are. As in deeplab-pytorch, whose images are normalised already: the two orders give the same.
     """
     height, width = images.shape[2:]
@@ -23,7 +23,8 @@ def scaled_images(images: torch.Tensor, scales: Sequence[float]) -> Iterator[tor
         if size == (height, width):
             yield images
         else:
-            yield F.interpolate(images.float(), size, mode="bilinear", align_corners=False)
+            floats = images if images.is_floating_point() else images.float()
+            yield F.interpolate(floats, size, mode="bilinear", align_corners=False)
 
 
 def maximum_logits(logits: Sequence[torch.Tensor]) -> torch.Tensor:
