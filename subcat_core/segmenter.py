@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional as F
 
@@ -43,6 +43,15 @@ class SegmenterSettings(Settings):
     loss_at: Literal["mask", "logits"] = "mask"
     """mask: logits are brought up to the mask's pixels. logits: the mask is brought down to the logits, by Pillow's
     nearest neighbour (deeplab-pytorch)."""
+
+    @model_validator(mode="after")
+    def _library_has_it(self) -> SegmenterSettings:
+        if self.architecture == "deeplabv3plus" and self.backbone.name.startswith("subcat:"):
+            raise ValueError(
+                f"deeplabv3plus on {self.backbone.name}: segmentation_models_pytorch has no such encoder; give "
+                "deeplabv2, or a backbone of torchvision or timm"
+            )
+        return self
 
 
 class Aspp(nn.Module):
