@@ -39,6 +39,7 @@ with warnings.catch_warnings():
             self.options = {
                 "scales": tuple(described["scales"]),
                 "flip": described["flip"],
+                "merge": described["merge"],
                 "base_px": described["base_px"],
             }
             self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

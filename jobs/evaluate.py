@@ -107,6 +107,7 @@ def run(
             base_px=experiment.predict.base_px or trained_px(experiment.segmenter),
             weights=experiment.segmenter.model.backbone.weights,
             rng_seed=experiment.rng_seed,
+            details={"merge": experiment.predict.merge},
         ).to_json()
         child.log_params({f"protocol.{key}": value for key, value in protocol.items()})
         scores = evaluation_scores(confusions.by_split, protocol)

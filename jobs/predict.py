@@ -7,7 +7,7 @@ Runs on: a fixed pool of Ray Data actors, a shard at a time; in process with str
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -36,14 +36,17 @@ class PredictSettings(Settings):
     splits: tuple[str, ...] = ("val",)
     """Splits of the manifest that `run` predicts and evaluates; those it does not have are left out."""
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1.0,), min_length=1)
-    """Sizes that the image is looked at, as factors; class probabilities are averaged. Each costs a pass."""
+    """Sizes that the image is looked at, as factors. Each costs a pass."""
+    merge: Literal["mean", "max"] = "mean"
+    """mean: class probabilities are averaged over scales and mirrored images. max: the largest logit counts, at the
+    size of the first scale's logits (deeplab-pytorch: scales 1, 0.5, 0.75, without flip)."""
     flip: bool = True
     """Look at each scale mirrored as well: twice the time."""
     base_px: int | None = Field(default=None, ge=16)
-    """Short side the images are brought to before scaling; None: the middle of the training sizes. Masks come back at
-    the image's own size."""
+    """Short side the images are brought to before scaling; None: the middle of the training sizes, or the image's own
+    size where training drew factors of it. Masks come back at the image's own size."""
     crf: CrfSettings | None = None
-    """Dense CRF on the averaged probabilities; none: the network alone decides. The model in MLflow never has one."""
+    """Dense CRF on the probabilities; none: the network alone decides. The model in MLflow never has one."""
 
 
 class PredictWorker:
@@ -68,6 +71,7 @@ class PredictWorker:
                 self.model,
                 image,
                 scales=self.settings.scales,
+                merge=self.settings.merge,
                 flip=self.settings.flip,
                 base_px=self.base_px,
                 crf=self.settings.crf,

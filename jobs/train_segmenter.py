@@ -29,7 +29,7 @@ from jobs.manifest import Manifest
 from subcat_core.backbones import input_statistics
 from subcat_core.classes import IGNORE, ClassTable
 from subcat_core.images import AugmentSettings, augment, decode_image, decode_mask
-from subcat_core.segmenter import Segmenter, SegmenterSettings, build_segmenter, segmentation_loss
+from subcat_core.segmenter import Segmenter, SegmenterSettings, build_segmenter, multi_scale_loss
 from subcat_core.settings import Settings
 
 logger = logging.getLogger("subcat")
@@ -83,7 +83,9 @@ class SegmenterTrainee:
     def loss(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss = segmentation_loss(model(batch["image"]), batch["mask"], batch["weight"])
+        settings = self.settings.model
+        logits = model(batch["image"], settings.train_scales)
+        loss = multi_scale_loss(logits, batch["mask"], batch["weight"], loss_at=settings.loss_at)
         return loss, {"loss": loss.detach()}
 
     def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -144,7 +146,8 @@ def train_on(
                 "base_px": trained_px(settings),
             },
         )
-        with context.progress.stage(title, total=table.num_rows * settings.optimiser.epochs, unit="images") as bar:
+        total = settings.optimiser.length(table.num_rows).num_images
+        with context.progress.stage(title, total=total, unit="images") as bar:
             result = train(
                 SegmenterTrainee(settings, classes),
                 table,
@@ -203,17 +206,21 @@ def log_model(context: StageContext, manifest: Manifest, folder: Storage) -> Non
         base_px=context.experiment.predict.base_px or trained_px(context.experiment.segmenter),
         scales=context.experiment.predict.scales,
         flip=context.experiment.predict.flip,
+        merge=context.experiment.predict.merge,
         example=example,
     )
 
 
-def trained_px(settings: SegmenterStageSettings) -> int:
-    """The middle of the short sides that training saw: what prediction brings images to unless told otherwise."""
-    return (settings.augment.resize_min_px + settings.augment.resize_max_px) // 2
+def trained_px(settings: SegmenterStageSettings) -> int | None:
+    """The middle of the short sides that training saw: what prediction brings images to unless told otherwise; None
+    where training saw images around their own size.
+    """
+    return settings.augment.middle_px
 
 
-def load_segmenter(folder: Storage) -> tuple[Segmenter, ClassTable, int]:
-    """The trained segmenter of an output folder, in eval mode, its classes, and the short side it was trained for.
+def load_segmenter(folder: Storage) -> tuple[Segmenter, ClassTable, int | None]:
+    """The trained segmenter of an output folder, in eval mode, its classes, and the short side it was trained for
+    (None: the images' own).
 
     Raises ValueError when the folder holds none.
     """

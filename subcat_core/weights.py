@@ -189,7 +189,9 @@ def _renamed_by_order(state: StateDict, architecture: str, source: str) -> State
 
 
 def _plain(value: object, source: str) -> StateDict:
-    """The flat state dict of a checkpoint: out of "state_dict" or "model", without the "module." of DataParallel."""
+    """The flat state dict of a checkpoint: out of "state_dict" or "model", without the "module." of DataParallel and
+    the "base." of deeplab-pytorch's multi-scale wrapper.
+    """
     for key in ("state_dict", "model"):
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
             value = value[key]
@@ -202,8 +204,9 @@ def _plain(value: object, source: str) -> StateDict:
             f"weights {source!r}: expected names with tensors, got {type(value).__name__}; save model.state_dict()"
         )
     state = {str(name): tensor for name, tensor in value.items()}
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    for prefix in ("module.", "base."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
 
 
