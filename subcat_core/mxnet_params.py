@@ -41,7 +41,7 @@ def read_params(data: bytes, source: str) -> dict[str, torch.Tensor]:
         raise reader.error(0, f"got the mark {magic:#x}, expected {_FILE_MAGIC:#x}; give a file of mx.nd.save")
     reader.number("<Q", "the reserved word")
     num_arrays = reader.number("<Q", "the number of arrays")
-    arrays = []
+    arrays: list[torch.Tensor] = []
     while len(arrays) < num_arrays:  # each takes bytes, so a false number soon meets the end of the file
         arrays.append(_read_array(reader))
     at = reader.offset

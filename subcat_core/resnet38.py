@@ -153,7 +153,8 @@ class ResNet38d(nn.Sequential):
                 features = block.join(features, tapped[-1])
             else:
                 features = part(features)
-        return Taps(*tapped, features)
+        conv4, conv5 = tapped
+        return Taps(conv4, conv5, features)
 
 
 def from_mxnet(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

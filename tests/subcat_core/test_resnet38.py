@@ -212,7 +212,7 @@ def test_one_frozen_stage_is_the_papers() -> None:
 def published_state() -> Iterator[tuple[str, tuple[int, ...]]]:
     """The released file's tensors without counters and heads, from the table above."""
     yield "conv1a.weight", (64, 3, 3, 3)
-    norms = {}
+    norms: dict[str, int] = {}
     for name, inputs, middle, outputs, *_ in BASIC:
         norms |= {f"{name}.bn_branch2a": inputs, f"{name}.bn_branch2b1": middle}
         yield f"{name}.conv_branch2a.weight", (middle, inputs, 3, 3)
