@@ -1,10 +1,6 @@
-"""ResNet-38d: the published table, the block equations in float64, the taps, freezing, and both kinds of weights."""
+"""ResNet-38d: the published table, the block equations in float64, the taps and freezing."""
 
 from __future__ import annotations
-
-import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,42 +11,8 @@ from torch.nn import functional as F
 from subcat_core.backbones import Backbone, BackboneSettings, build_backbone, input_statistics, split_name
 from subcat_core.classifier import Classifier
 from subcat_core.freezing import freeze_batch_norm
-from subcat_core.resnet38 import HEADS, BasicBlock, Bottleneck, ResNet38d, from_mxnet
-from subcat_core.weights import load_weights
-from tests.subcat_core.mxnet_files import params_bytes
-
-NAME = "subcat:resnet38d"
-
-# Name, channels in, in the middle and out, stride, first and other dilation, parameters: the released network, counted.
-BASIC = [
-    ("b2", 64, 128, 128, 2, 1, 1, 229_760),
-    *((f"b2_{i}", 128, 128, 128, 1, 1, 1, 295_424) for i in (1, 2)),
-    ("b3", 128, 256, 256, 2, 1, 1, 918_272),
-    *((f"b3_{i}", 256, 256, 256, 1, 1, 1, 1_180_672) for i in (1, 2)),
-    ("b4", 256, 512, 512, 2, 1, 1, 3_671_552),
-    *((f"b4_{i}", 512, 512, 512, 1, 1, 1, 4_720_640) for i in (1, 2, 3, 4, 5)),
-    ("b5", 512, 512, 1024, 1, 1, 2, 7_604_224),
-    *((f"b5_{i}", 1024, 512, 1024, 1, 2, 2, 9_440_256) for i in (1, 2)),
-]
-BOTTLENECKS = [("b6", 1024, 2048, 4, 9_442_304), ("b7", 2048, 4096, 4, 37_758_976)]
-PROJECTED = ("b2", "b3", "b4", "b5", "b6", "b7")
-
-
-def build_on_meta(frozen_stages: int = 0, weights: str = "none") -> Backbone:
-    """Shapes and names without the 400 MB."""
-    settings = BackboneSettings(name=NAME, output_stride=8, weights=weights, frozen_stages=frozen_stages)
-    with torch.device("meta"):
-        return build_backbone(settings)[0]
-
-
-def shake(module: nn.Module) -> None:
-    """Batch norm as of a trained network, not the 0 and 1 that hide mistakes."""
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            for tensor, low, high in ((layer.weight, 0.5, 1.5), (layer.bias, -0.3, 0.3)):
-                nn.init.uniform_(tensor, low, high)
-            layer.running_mean.uniform_(-0.3, 0.3)  # type: ignore[union-attr]
-            layer.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+from subcat_core.resnet38 import BasicBlock, Bottleneck, ResNet38d
+from tests.subcat_core.resnet38_table import BASIC, BOTTLENECKS, NAME, PROJECTED, build_on_meta, shake
 
 
 def plain_norm(x: torch.Tensor, state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -207,143 +169,6 @@ def test_one_frozen_stage_is_the_papers() -> None:
     assert not any(parameter.requires_grad for parameter in last.parameters())
     with pytest.raises(ValueError, match="the backbone has 6 stages"):
         build_on_meta(frozen_stages=7)
-
-
-def published_state() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The released file's tensors without counters and heads, from the table above."""
-    yield "conv1a.weight", (64, 3, 3, 3)
-    norms: dict[str, int] = {}
-    for name, inputs, middle, outputs, *_ in BASIC:
-        norms |= {f"{name}.bn_branch2a": inputs, f"{name}.bn_branch2b1": middle}
-        yield f"{name}.conv_branch2a.weight", (middle, inputs, 3, 3)
-        yield f"{name}.conv_branch2b1.weight", (outputs, middle, 3, 3)
-        if name in PROJECTED:
-            yield f"{name}.conv_branch1.weight", (outputs, inputs, 1, 1)
-    for name, inputs, outputs, *_ in BOTTLENECKS:
-        norms |= {f"{name}.bn_branch2a": inputs, f"{name}.bn_branch2b1": outputs // 4}
-        norms[f"{name}.bn_branch2b2"] = outputs // 2
-        yield f"{name}.conv_branch2a.weight", (outputs // 4, inputs, 1, 1)
-        yield f"{name}.conv_branch2b1.weight", (outputs // 2, outputs // 4, 3, 3)
-        yield f"{name}.conv_branch2b2.weight", (outputs, outputs // 2, 1, 1)
-        yield f"{name}.conv_branch1.weight", (outputs, inputs, 1, 1)
-    for name, channels in {**norms, "bn7": 4096}.items():
-        for kind in ("weight", "bias", "running_mean", "running_var"):
-            yield f"{name}.{kind}", (channels,)
-
-
-def mxnet_name(name: str) -> str:
-    """Of a tensor of the table, in ademxapp: b4_2.conv_branch2a.weight is arg:res4b2_branch2a_weight there."""
-    block, _, layer = name.partition(".")
-    kinds = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_var"}
-    if name == "conv1a.weight":
-        return "arg:conv1a_weight"
-    place = block[1] + ("b" + block[3] if "_" in block else "a")
-    if layer.startswith("conv_"):
-        return f"arg:res{place}_{layer.split('.')[0].removeprefix('conv_')}_weight"
-    kind = name.rsplit(".", 1)[1]
-    group = "aux" if kind.startswith("running") else "arg"
-    if block == "bn7":
-        return f"{group}:bn7_{kinds[kind]}"
-    return f"{group}:bn{place}_{layer.split('.')[0].removeprefix('bn_')}_{kinds[kind]}"
-
-
-def thin(shape: tuple[int, ...]) -> torch.Tensor:
-    """One number in memory and on disk, whatever the shape."""
-    return torch.zeros(1).expand(shape)
-
-
-def test_a_published_state_dict_is_accounted_for(tmp_path: Path) -> None:
-    """Old files have no counters, and heads that stay behind; a file of something else is refused."""
-    state = {name: thin(shape) for name, shape in published_state()}
-    heads = {"fc8.weight": (20, 4096, 1, 1), "fc8_20.weight": (20, 4096, 1, 1), "fc8_200.weight": (200, 4096, 1, 1)}
-    heads |= {"f8_3.weight": (64, 512, 1, 1), "f9.weight": (448, 448, 1, 1)}
-    path = str(tmp_path / "res38_cls.pth")
-    torch.save({**state, **{name: thin(shape) for name, shape in heads.items()}}, path)
-    net = ResNet38d()
-    report = load_weights(net, path, allowed_unexpected=HEADS)
-    assert (report.num_loaded, report.unexpected) == (191, tuple(heads))
-    assert len(report.missing) == 37
-    assert all(name.endswith("num_batches_tracked") for name in report.missing)
-    assert not any(tensor.any() for tensor in net.state_dict().values())
-    del state["b7.conv_branch2b2.weight"]
-    torch.save({**state, "fc.weight": thin((1,))}, path)
-    with pytest.raises(ValueError, match=r"1 missing \(b7\.conv_branch2b2\.weight\); 1 unexpected \(fc\.weight\)"):
-        build_on_meta(weights=path)
-
-
-def test_every_mxnet_name_is_known() -> None:
-    names = [name for name, _ in published_state()]
-    assert len(names) == 191
-    theirs = [mxnet_name(name) for name in names]
-    assert {  # by hand, of ademxapp's symbols
-        "arg:res2a_branch2a_weight",
-        "arg:bn2a_branch2a_gamma",
-        "aux:bn2b1_branch2b1_moving_var",
-        "arg:res4b5_branch2b1_weight",
-        "arg:res5a_branch1_weight",
-        "arg:res7a_branch2b2_weight",
-        "aux:bn6a_branch2b2_moving_mean",
-        "arg:bn7_beta",
-    } < set(theirs)
-    tensors = {name: torch.tensor(index) for index, name in enumerate(theirs)}
-    one = torch.tensor(-1)
-    renamed = from_mxnet({**tensors, "arg:linear1000_weight": one, "arg:linear1000_bias": one})
-    assert [int(renamed[name]) for name in names] == list(range(191))
-    left = set(renamed) - set(names)
-    assert left == {"linear1000_weight", "linear1000_bias"}
-    assert all(name.startswith(HEADS) for name in left)
-    assert set(names) == {name for name in build_on_meta().net.state_dict() if "num_batches" not in name}
-
-
-def test_unknown_mxnet_names_stay_and_doubles_are_refused() -> None:
-    one = torch.zeros(1)
-    odd = ["conv6a_weight", "res2_branch1_weight", "bn2a_branch2a_weight", "bn4a_gamma", "res2a_branch1_gamma", "data"]
-    assert list(from_mxnet({f"arg:{name}": one for name in odd})) == odd
-    with pytest.raises(ValueError, match=r"'aux:bn7_beta' and another array both become 'bn7\.bias'"):
-        from_mxnet({"arg:bn7_beta": one, "aux:bn7_beta": one})
-
-
-class Small(nn.Module):
-    """A few channels under published names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1a = nn.Conv2d(3, 4, 3, bias=False)
-        self.b2 = BasicBlock(4, 6, 6, 2, 1, 1)
-        self.b2_1 = BasicBlock(6, 6, 6, 1, 1, 1)
-        self.b6 = Bottleneck(6, 8, 4, 0.3)
-        self.bn7 = nn.BatchNorm2d(8)
-
-
-@pytest.mark.parametrize("version", [0, 1, 2])
-def test_an_mxnet_file_lands_in_the_network(version: int, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    source = Small()
-    shake(source)
-    wanted = {name: tensor for name, tensor in source.state_dict().items() if "num_batches" not in name}
-    arrays = {mxnet_name(name): tensor.numpy() for name, tensor in wanted.items()}
-    arrays["arg:linear1000_weight"] = np.zeros((1000, 8), np.float32)
-    path = tmp_path / "ilsvrc-cls_rna-a1_cls1000_ep-0001.params"
-    path.write_bytes(params_bytes(arrays, version))
-    for uri, reader in ((str(path), None), ("s3://bucket/a1.params", lambda uri: path.read_bytes())):
-        net = Small()
-        report = load_weights(net, uri, read_uri=reader, from_mxnet=from_mxnet, allowed_unexpected=HEADS)
-        assert (report.num_loaded, report.unexpected) == (len(wanted), ("linear1000_weight",))
-        state = net.state_dict()
-        assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
-
-
-def test_mxnet_files_that_do_not_fit(tmp_path: Path) -> None:
-    path = tmp_path / "voc.params"
-    kernel = np.zeros((64, 3, 3, 3), np.float32)
-    path.write_bytes(params_bytes({"arg:conv1a_weight": kernel, "arg:conv6a_weight": kernel}))
-    with pytest.raises(ValueError, match=r"1 tensors fit; 190 missing \(.*; 1 unexpected \(conv6a_weight\)"):
-        build_on_meta(weights=str(path))
-    with pytest.raises(ValueError, match=r"voc\.params' are MXNet's.*the backbone subcat:resnet38d"):
-        build_backbone(BackboneSettings(name="torchvision:resnet18", weights=str(path)))
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}', byte \d+: an array of shape"):
-        build_on_meta(weights=str(path))
 
 
 def test_what_it_does_not_offer_is_said() -> None:
