@@ -28,6 +28,7 @@ from jobs.report import ReportSettings
 from jobs.train_classifier import ClassifierSettings
 from jobs.train_segmenter import SegmenterStageSettings
 from jobs.train_supervised import SupervisedSettings
+from subcat_core.backbones import check_output_stride
 from subcat_core.kmeans import KMeansSettings
 from subcat_core.settings import Settings
 
@@ -108,6 +109,8 @@ class Experiment(Settings):
         stride = self.segmenter.model.backbone.output_stride
         if stride == 32:
             raise ValueError("segmenter.model.backbone.output_stride = 32: too coarse for masks; use 8 or 16")
+        if self.cams.output_stride is not None:
+            check_output_stride(self.classifier.backbone.name, self.cams.output_stride, "cams.output_stride")
         return self
 
     def for_round(self, round_index: int) -> Experiment:

