@@ -17,6 +17,7 @@ from cluster.runtime import ClusterSettings
 from cluster.storage import read_uri
 from cluster.streams import StreamSettings
 from cluster.tracking import TrackingSettings
+from jobs.affinity_settings import AffinityStageSettings
 from jobs.evaluate import EvaluationSettings
 from jobs.extract_features import FeatureSettings
 from jobs.make_cams import CamStageSettings
@@ -58,6 +59,9 @@ class Experiment(Settings):
     """How each parent class is split; [round.N] may override it."""
     cams: CamStageSettings = CamStageSettings()
     """How maps are made and scored; [round.N] may override it."""
+    affinity: AffinityStageSettings | None = None
+    """A net that spreads CAMs by a random walk before they become masks (`kind`: "psa", the paper's, or "irn"); none:
+    masks come straight from the CAMs."""
     pseudo_masks: PseudoMaskStageSettings = PseudoMaskStageSettings()
     """How maps become masks."""
     segmenter: SegmenterStageSettings = SegmenterStageSettings()
@@ -93,7 +97,10 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Experiment:
-        for key, part in (("classifier", self.classifier), ("segmenter", self.segmenter)):
+        trained = [("classifier", self.classifier), ("segmenter", self.segmenter), ("affinity", self.affinity)]
+        for key, part in trained:
+            if part is None:
+                continue
             workers, batch_size = part.compute.num_workers, part.optimiser.batch_size
             if workers and batch_size % workers:
                 raise ValueError(f"{key}.optimiser.batch_size = {batch_size}: does not divide among {workers} workers")
@@ -215,6 +222,8 @@ def _without_union_tag(location: tuple[str | int, ...]) -> list[str | int]:
     parts = list(location)
     if parts[:2] == ["prepare", "source"] and len(parts) > 2 and parts[2] in ("voc", "folders", "table"):
         del parts[2]
+    if parts[:1] == ["affinity"] and len(parts) > 1 and parts[1] in ("psa", "irn"):
+        del parts[1]
     return parts
 
 

@@ -2,7 +2,7 @@
 
     prepare
     round 0..R:  train_classifier -> make_cams (score) and, but for the last round, extract_features -> cluster_features
-    make_pseudo_masks -> train_segmenter -> predict -> evaluate -> report
+    [make_affinity_labels -> train_affinity ->] make_pseudo_masks -> train_segmenter -> predict -> evaluate -> report
 
 Every classifier starts from the pretrained weights again; a round hands on only its sub-categories. The last round
 makes none, for nothing would use them.
@@ -20,11 +20,13 @@ from jobs import (
     cluster_features,
     evaluate,
     extract_features,
+    make_affinity_labels,
     make_cams,
     make_pseudo_masks,
     predict,
     prepare,
     report,
+    train_affinity,
     train_classifier,
     train_segmenter,
 )
@@ -57,6 +59,9 @@ def plan(experiment: Experiment) -> list[StagePlan]:
         if index < experiment.rounds:
             steps.append(StagePlan("extract_features", index, round_folder(index, "features")))
             steps.append(StagePlan("cluster_features", index, round_folder(index, "subcategories")))
+    if experiment.affinity is not None:
+        steps.append(StagePlan("make_affinity_labels", None, "affinity_labels"))
+        steps.append(StagePlan("train_affinity", None, "affinity"))
     steps += [
         StagePlan("make_pseudo_masks", None, "pseudo_masks"),
         StagePlan("train_segmenter", None, "segmenter"),
@@ -73,6 +78,8 @@ STAGES = (
     "make_cams",
     "extract_features",
     "cluster_features",
+    "make_affinity_labels",
+    "train_affinity",
     "make_pseudo_masks",
     "train_segmenter",
     "predict",
@@ -84,6 +91,10 @@ STAGES = (
 def run(context: StageContext, last_stage: str | None = None) -> None:
     """Run every stage in order, skipping what is complete; stop after the last occurrence of `last_stage`."""
     names = [step.stage for step in plan(context.experiment)]
+    if last_stage is not None and last_stage not in names:
+        raise ValueError(
+            f"--stage {last_stage}: this config has no such stage; it has {', '.join(dict.fromkeys(names))}"
+        )
     num_steps = len(names) if last_stage is None else len(names) - names[::-1].index(last_stage)
     config = context.experiment.model_dump(mode="json")
     if not context.storage.exists(CONFIG):
@@ -132,7 +143,13 @@ def _run_stages(context: StageContext) -> Iterator[str]:
             subcategories = cluster_features.run(in_round, manifest, round_index, features)
             yield "cluster_features"
 
-    pseudo_masks = make_pseudo_masks.run(context, manifest, cams)
+    affinity: Artifact | None = None
+    if context.experiment.affinity is not None:
+        labels = make_affinity_labels.run(context, manifest, cams)
+        yield "make_affinity_labels"
+        affinity = train_affinity.run(context, manifest, labels)
+        yield "train_affinity"
+    pseudo_masks = make_pseudo_masks.run(context, manifest, cams, affinity)
     yield "make_pseudo_masks"
     segmenter = train_segmenter.run(context, manifest, pseudo_masks)
     yield "train_segmenter"

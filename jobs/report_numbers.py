@@ -18,6 +18,8 @@ _ROUND_STAGES = (
     ("cluster_features", "subcategories"),
 )
 _LAST_STAGES = (
+    ("make_affinity_labels", "affinity_labels"),
+    ("train_affinity", "affinity"),
     ("make_pseudo_masks", "pseudo_masks"),
     ("train_segmenter", "segmenter"),
     ("predict", "predictions"),

@@ -13,6 +13,8 @@ from cluster.storage import Storage
 
 Line = tuple[str, str, str]
 """(what, split, which number)"""
+WALK_STEPS = {"before_walk": "CAM, before the walk", "before_crf": "+ random walk"}
+"""Scores of the steps before a pseudo mask, in scores.json where there was a random walk: key -> name in tables."""
 _CURVE_STEP = 0.05
 
 
@@ -44,6 +46,9 @@ def scores_of_run(storage: Storage) -> dict[Line, float | None]:
                 lines[(name, split, "at best threshold")] = curve["best"]["miou"]
                 lines[(name, split, "best threshold")] = curve["best"]["threshold"]
     for split, score in storage.read_json("pseudo_masks/scores.json")["splits"].items():
+        for key, name in WALK_STEPS.items():
+            if key in score:
+                lines[(name, split, "mIoU")] = score[key]["miou"]
         lines[("pseudo masks", split, "mIoU")] = score["miou"]
     for split, score in storage.read_json("evaluation/scores.json")["splits"].items():
         lines[("segmenter", split, "mIoU")] = score["miou"]

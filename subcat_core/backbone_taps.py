@@ -16,15 +16,15 @@ class BackboneTaps:
     """The maps of the last `num_taps` stages, the last one being what the backbone itself gives.
 
     All parameters of the backbone take part in the last map, so data-parallel training finds a gradient for each. A
-    network with a method `forward_taps` (normalised pixels -> its maps, fine to coarse) is asked by that, such as
-    ResNet-38, whose maps are no output of a module. channels: of each map. It has no parameters of its own. Raises
+    network with a method `taps` (normalised pixels -> its maps, fine to coarse) is asked by that, such as ResNet-38,
+    whose maps are no output of a module. channels: of each map. It has no parameters of its own. Raises
     ValueError where the network has fewer than `at_least` (num_taps) stages that tell where they are, or their maps are
     not (N, D, h, w).
     """
 
     def __init__(self, backbone: Backbone, num_taps: int, at_least: int | None = None) -> None:
         self.backbone = backbone
-        self._own = hasattr(backbone.net, "forward_taps")
+        self._own = hasattr(backbone.net, "taps")
         self._stages = [] if self._own else stage_names(backbone.name)[-num_taps:-1]
         self._num_taps = num_taps
         self.channels = self._channels(at_least or num_taps)
@@ -33,7 +33,7 @@ class BackboneTaps:
         """pixels: (N, 3, H, W), normalised (`Backbone.normalise`) -> maps (N, D_i, h_i, w_i), fine to coarse."""
         net = self.backbone.net
         if self._own:
-            return list(net.forward_taps(pixels))[-self._num_taps :]  # type: ignore[operator]
+            return list(net.taps(pixels))[-self._num_taps :]  # type: ignore[operator]
         caught: dict[str, torch.Tensor] = {}
         hooks = [
             net.get_submodule(name).register_forward_hook(functools.partial(_keep, caught, name))

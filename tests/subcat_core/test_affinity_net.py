@@ -127,7 +127,7 @@ class _Own(nn.Module):
         self.num_maps = num_maps
         self.convolution = nn.Conv2d(3, 6, 3, stride=8, padding=1)
 
-    def forward_taps(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+    def taps(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         return [self.convolution(pixels) * (index + 1) for index in range(self.num_maps)]
 
 
