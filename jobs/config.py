@@ -17,7 +17,7 @@ from cluster.runtime import ClusterSettings
 from cluster.storage import read_uri
 from cluster.streams import StreamSettings
 from cluster.tracking import TrackingSettings
-from jobs.affinity_settings import AffinityStageSettings
+from jobs.affinity_settings import AffinitySettingsOfAKind, AffinityStageSettings
 from jobs.evaluate import EvaluationSettings
 from jobs.extract_features import FeatureSettings
 from jobs.make_cams import CamStageSettings
@@ -97,8 +97,12 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Experiment:
-        trained = [("classifier", self.classifier), ("segmenter", self.segmenter), ("affinity", self.affinity)]
-        for key, part in trained:
+        parts: dict[str, ClassifierSettings | SegmenterStageSettings | AffinitySettingsOfAKind | None] = {
+            "classifier": self.classifier,
+            "segmenter": self.segmenter,
+            "affinity": self.affinity,
+        }
+        for key, part in parts.items():
             if part is None:
                 continue
             workers, batch_size = part.compute.num_workers, part.optimiser.batch_size

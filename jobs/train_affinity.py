@@ -173,7 +173,7 @@ def run(context: StageContext, manifest: Manifest, labels: Artifact) -> Artifact
             "bad": result.bad_rows,
         }
 
-    left_out = {"compute": True, "labels": True, "walk": True, "optimiser": {"keep_checkpoints"}}
+    left_out: Any = {"compute": True, "labels": True, "walk": True, "optimiser": {"keep_checkpoints"}}
     return complete(
         context,
         name="affinity",

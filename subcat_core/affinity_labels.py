@@ -96,7 +96,7 @@ def irn_labels(
     """
     indices = _checked(cam, class_indices, image)
     upsampled = upsample_cam(cam, *image.shape[:2])
-    rows = np.arange(len(indices))
+    rows = range(len(indices))
 
     def best(threshold: float) -> np.ndarray:
         labels = cam_to_labels(upsampled, rows, threshold)  # rows of scores: 0 background, 1..n classes

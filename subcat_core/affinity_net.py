@@ -66,7 +66,7 @@ class AffinityNet(nn.Module):
         height, width = images.shape[2:]
         padding = (0, -width % self.stride_px, 0, -height % self.stride_px)
         maps = self.taps(F.pad(self.backbone.normalise(images), padding))
-        grid = maps[-1].shape[2:]
+        grid = (maps[-1].shape[2], maps[-1].shape[3])
         narrowed = [
             F.elu(layer(tap if tap.shape[2:] == grid else F.adaptive_avg_pool2d(tap, grid)))
             for layer, tap in zip(self.narrow, maps, strict=True)
