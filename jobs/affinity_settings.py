@@ -25,6 +25,9 @@ class PsaOptimiserSettings(OptimiserSettings):
     learning_rate: float = Field(default=0.01, gt=0)
     """Of the backbone's weights at step 0; the new layers take ten times as much. What users of PSA's ResNet-38 take;
     its code has 0.1, for VGG."""
+    momentum: float = Field(default=5e-4, ge=0, lt=1)
+    """What the authors' runs have, for their weight decay lands in it (schedule.py); with 0.9 take a tenth of the
+    learning rate."""
 
 
 class IrnOptimiserSettings(OptimiserSettings):
@@ -35,8 +38,11 @@ class IrnOptimiserSettings(OptimiserSettings):
     batch_size: int = Field(default=32, ge=1)
     """Images of one step over all workers together (value of the authors' code)."""
     learning_rate: float = Field(default=0.1, gt=0)
-    """Of the boundary branch at step 0; the displacement branch takes ten times as much (value of the authors' code,
-    whose momentum is next to 0: with a real one take a tenth)."""
+    """Of the boundary branch at step 0; the displacement branch takes ten times as much (value of the authors' code).
+    """
+    momentum: float = Field(default=1e-4, ge=0, lt=1)
+    """What the authors' runs have, for their weight decay lands in it (schedule.py); with 0.9 take a tenth of the
+    learning rate."""
     weight_decay: float = Field(default=1e-4, ge=0)
     """L2 penalty on weights and biases (value of the authors' code)."""
 

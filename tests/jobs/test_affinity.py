@@ -28,7 +28,7 @@ from subcat_core.images import decode_mask
 from tests.jobs.conftest import Tiny
 
 _COMPUTE = {"num_workers": 0, "num_decode_workers": 0}
-_OPTIMISER = {"epochs": 6, "batch_size": 4, "learning_rate": 0.003, "precision": "fp32"}
+_OPTIMISER = {"epochs": 6, "batch_size": 4, "learning_rate": 0.003, "momentum": 0.9, "precision": "fp32"}
 PSA: dict[str, Any] = {
     "labels": {"crf": None},
     "net": {"backbone": {"name": "timm:mobilenetv2_050", "output_stride": 8, "weights": "none"}, "radius": 4},
@@ -140,6 +140,27 @@ def test_from_cams_to_walked_masks(
         _run({**values, "affinity": other})
 
 
+@pytest.mark.parametrize("section", [PSA, IRN], ids=["psa", "irn"])
+def test_two_ray_workers_and_two_actors_do_what_one_process_does(
+    section: dict[str, Any], tiny: Tiny, tmp_path: Path, ray_cluster: None
+) -> None:
+    """The counts of pairs are those of both ranks, or the losses would differ: ranks see very different images."""
+    steady = {"freeze_batch_norm": True, "learning_rate": 0.0005}
+    section = {**section, "optimiser": {**section["optimiser"], **steady}}
+    alone, _ = _run(tiny(affinity=section))
+    compute = {"num_workers": 2, "input": "ray", "cpus_per_worker": 1.0}
+    values = tiny(str(tmp_path / "ray"), affinity={**section, "compute": compute}, stream={"num_actors": 2})
+    together, _ = _run(values)
+    losses, expected = (
+        [record["loss"] for record in context.storage.read_json("affinity/result.json")["history"]]
+        for context in (together, alone)
+    )
+    assert losses == pytest.approx(expected, rel=1e-3)
+    found, before = (context.storage.read_json("pseudo_masks/scores.json")["splits"] for context in (together, alone))
+    for step in ("before_walk", "before_crf"):
+        assert found["train"][step]["miou"] == pytest.approx(before["train"][step]["miou"], abs=0.01)
+
+
 def test_plan_has_the_stages_only_with_the_section(tiny: Tiny) -> None:
     without = [step.stage for step in pipeline.plan(parse_experiment(tiny()))]
     assert not {"make_affinity_labels", "train_affinity"} & set(without)
@@ -161,11 +182,13 @@ def test_kind_decides_the_defaults(tiny: Tiny) -> None:
     assert (psa.labels.alpha_low, psa.labels.alpha_high, psa.walk.alpha) == (4.0, 32.0, 16.0)
     assert (psa.net.radius, psa.walk.beta, psa.walk.log_steps, psa.net.pad_border) == (5, 8.0, 8, True)
     assert (psa.optimiser.epochs, psa.optimiser.batch_size, psa.augment.crop_px) == (8, 8, 448)
+    assert (psa.optimiser.learning_rate, psa.optimiser.momentum, psa.optimiser.weight_decay) == (0.01, 5e-4, 5e-4)
     assert psa.net.backbone.output_stride == 8
     assert isinstance(irn, IrnStageSettings)
     assert (irn.labels.foreground_score, irn.labels.background_score, irn.walk.background_score) == (0.30, 0.05, 0.25)
     assert (irn.net.radius, irn.walk.radius, irn.walk.beta, irn.walk.log_steps) == (10, 5, 10.0, 8)
     assert (irn.optimiser.epochs, irn.optimiser.batch_size, irn.augment.crop_px) == (3, 32, 512)
+    assert (irn.optimiser.learning_rate, irn.optimiser.momentum, irn.optimiser.weight_decay) == (0.1, 1e-4, 1e-4)
     # What a config writes back is read again as the same.
     experiment = parse_experiment(tiny(affinity=IRN))
     assert parse_experiment(experiment.model_dump(mode="json")) == experiment
