@@ -62,6 +62,7 @@ class RunNumbers:
     cams: dict[int, dict[str, Any]]
     classifiers: dict[int, dict[str, Any]]
     subcategories: dict[int, dict[str, Any]]
+    affinity: dict[str, Any] | None
     pseudo_masks: dict[str, Any] | None
     segmenter: dict[str, Any] | None
     evaluation: dict[str, Any] | None
@@ -87,6 +88,7 @@ def read_numbers(storage: Storage, manifest: Manifest, num_rounds: int, max_bad:
         cams=_by_round(storage, rounds, "cams/scores.json"),
         classifiers=_by_round(storage, rounds, "classifier/result.json"),
         subcategories=_by_round(storage, rounds, "subcategories/result.json"),
+        affinity=read_optional(storage, "affinity/result.json"),
         pseudo_masks=read_optional(storage, "pseudo_masks/scores.json"),
         segmenter=read_optional(storage, "segmenter/result.json"),
         evaluation=read_optional(storage, "evaluation/scores.json"),
