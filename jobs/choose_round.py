@@ -102,7 +102,7 @@ def run(context: StageContext, manifest: Manifest, cams: Sequence[Artifact]) -> 
         result: dict[str, Any] = {"round_index": kept, "threshold": threshold, "rounds": steps}
         stats: dict[str, Any] = {"round": kept, "threshold": threshold}
         chosen = mask
-        if settings.background == "label_free":
+        if settings.background == "label_free" and experiment.affinity is None:  # a walk has a background of its own
             candidates = background_candidates(mask, threshold, settings.strengths)
             means, streamed = _try_candidates(context, manifest, artifact, cams[kept], kept, candidates)
             stats |= streamed
@@ -125,6 +125,7 @@ def run(context: StageContext, manifest: Manifest, cams: Sequence[Artifact]) -> 
         inputs={
             "settings": settings.model_dump(mode="json"),
             "mask": mask.model_dump(mode="json"),
+            "walk": experiment.affinity is not None,
             "manifest": manifest.fingerprint,
             "cams": [round_cams.output_fingerprint for round_cams in cams],
         },

@@ -252,6 +252,8 @@ def needs_ray(experiment: Experiment) -> bool:
     """Whether any stage of the run, in any round, asks for workers or actors."""
     rounds = [experiment.for_round(index) for index in range(experiment.rounds + 1)]
     compute = [*(part.classifier.compute for part in rounds), experiment.segmenter.compute]
+    if experiment.affinity is not None:
+        compute.append(experiment.affinity.compute)
     return experiment.stream.num_actors > 0 or any(part.num_workers > 0 for part in compute)
 
 

@@ -17,6 +17,7 @@ from cluster.runtime import ClusterSettings
 from cluster.storage import read_uri
 from cluster.streams import StreamSettings
 from cluster.tracking import TrackingSettings
+from jobs.affinity_settings import AffinitySettingsOfAKind, AffinityStageSettings
 from jobs.choose_round import ChoiceSettings
 from jobs.evaluate import EvaluationSettings
 from jobs.extract_features import FeatureSettings
@@ -61,6 +62,9 @@ class Experiment(Settings):
     """How each parent class is split; [round.N] may override it."""
     cams: CamStageSettings = CamStageSettings()
     """How maps are made and scored; [round.N] may override it."""
+    affinity: AffinityStageSettings | None = None
+    """A net that spreads CAMs by a random walk before they become masks (`kind`: "psa", the paper's, or "irn"); none:
+    masks come straight from the CAMs."""
     choice: ChoiceSettings = ChoiceSettings()
     """How the round that masks are made from is chosen."""
     pseudo_masks: PseudoMaskStageSettings = PseudoMaskStageSettings()
@@ -100,7 +104,14 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Experiment:
-        for key, part in (("classifier", self.classifier), ("segmenter", self.segmenter)):
+        parts: dict[str, ClassifierSettings | SegmenterStageSettings | AffinitySettingsOfAKind | None] = {
+            "classifier": self.classifier,
+            "segmenter": self.segmenter,
+            "affinity": self.affinity,
+        }
+        for key, part in parts.items():
+            if part is None:
+                continue
             workers, batch_size = part.compute.num_workers, part.optimiser.batch_size
             if workers and batch_size % workers:
                 raise ValueError(f"{key}.optimiser.batch_size = {batch_size}: does not divide among {workers} workers")
@@ -224,6 +235,8 @@ def _without_union_tag(location: tuple[str | int, ...]) -> list[str | int]:
     parts = list(location)
     if parts[:2] == ["prepare", "source"] and len(parts) > 2 and parts[2] in ("voc", "folders", "table"):
         del parts[2]
+    if parts[:1] == ["affinity"] and len(parts) > 1 and parts[1] in ("psa", "irn"):
+        del parts[1]
     return parts
 
 

@@ -1,31 +1,50 @@
-"""CAM -> background score -> dense CRF -> pseudo mask, in one stream: nothing at full resolution is kept but the masks.
+"""CAM -> [random walk] -> background score -> dense CRF -> pseudo mask, in one stream: only masks are kept.
 
-Reads:   manifest (train), CAMs of the chosen round
+Reads:   manifest (train), CAMs of the chosen round, with [affinity] the affinity net
 Writes:  pseudo_masks: png/<image_id>.png (indexed, with palette), part-*.parquet (schema MASKS); scores.json
-Runs on: a fixed pool of Ray Data actors on CPUs, a shard at a time; in process with stream.num_actors = 0
+Runs on: a fixed pool of Ray Data actors, a shard at a time, on CPUs, but for the net; in process with
+         stream.num_actors = 0
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from cluster.artifacts import Artifact
 from cluster.storage import MissingFileError, Storage
 from cluster.streams import BadRow, ShardOutput, ShardSummary, iter_images, map_shards
 from cluster.tracking import ChildRun
+from jobs.affinity_settings import AffinitySettingsOfAKind
 from jobs.context import StageContext, complete, stream_stats
 from jobs.make_cams import COLUMNS, read_cams, read_truth
 from jobs.manifest import Manifest
 from jobs.protocol import TAGS, Protocol
 from jobs.scoring import SplitConfusions, all_background, confusion_scores
+from jobs.train_affinity import load_affinity
 from subcat_core import schemas
+from subcat_core.affinity_net import AffinityNet
+from subcat_core.affinity_walk import (
+    IrnWalkSettings,
+    PsaWalkSettings,
+    WalkedScores,
+    walk_by_boundaries,
+    walk_by_features,
+)
 from subcat_core.classes import ClassTable
 from subcat_core.images import ImageError, encode_mask
 from subcat_core.metrics import ConfusionMatrix
-from subcat_core.pseudo_mask import PseudoMaskSettings, make_pseudo_mask
+from subcat_core.pseudo_mask import (
+    PseudoMask,
+    PseudoMaskSettings,
+    labels_of_scores,
+    make_pseudo_mask,
+    mask_of_scores,
+)
 from subcat_core.settings import Settings
 
 
@@ -33,19 +52,42 @@ class PseudoMaskStageSettings(Settings):
     """How maps become masks."""
 
     mask: PseudoMaskSettings = PseudoMaskSettings()
+    """With [affinity], the walk brings its own background (affinity.walk), and the one named here is not used."""
+
+
+CONFUSIONS = {"confusion": "", "confusion_before_walk": "before_walk", "confusion_before_crf": "before_crf"}
+"""Matrices of a shard, and where their scores stand in scores.json below the split ("": the pseudo masks' own)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedAffinity:
+    """Where the trained net is, and its settings."""
+
+    folder: Storage
+    settings: AffinitySettingsOfAKind
 
 
 class PseudoMaskWorker:
     """One actor: turns a CAM shard into PNG files and their index."""
 
-    def __init__(self, *, output: Storage, classes: ClassTable, settings: PseudoMaskStageSettings) -> None:
+    def __init__(
+        self,
+        *,
+        output: Storage,
+        classes: ClassTable,
+        settings: PseudoMaskStageSettings,
+        affinity: TrainedAffinity | None = None,
+    ) -> None:
         self.output = output
         self.classes = classes
         self.settings = settings
+        self.affinity = affinity
+        self.device = torch.device("cuda" if affinity is not None and torch.cuda.is_available() else "cpu")
+        self.net = None if affinity is None else load_affinity(affinity.folder, affinity.settings).to(self.device)
 
     def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
         cams = read_cams(inputs["cams"])
-        confusion = ConfusionMatrix(self.classes.num_classes)
+        confusions = {key: ConfusionMatrix(self.classes.num_classes) for key in confusion_keys(self.affinity)}
         num_scored = 0
         bad: list[BadRow] = []
         made: list[dict[str, Any]] = []
@@ -57,7 +99,7 @@ class PseudoMaskWorker:
                 bad.append(BadRow(row["image_id"], row["uri"], "no CAM was made for this image; see make_cams"))
                 continue
             class_indices, cam = cams[row["image_id"]]
-            pseudo = make_pseudo_mask(cam.astype(np.float32), class_indices, image, self.settings.mask)
+            pseudo, walked = self._mask(cam.astype(np.float32), class_indices, image)
             name = f"png/{row['image_id']}.png"
             self.output.write_bytes(name, encode_mask(pseudo.mask, self.classes.flat_palette()))
             made.append(
@@ -76,38 +118,81 @@ class PseudoMaskWorker:
                 except (ImageError, MissingFileError) as error:
                     bad.append(BadRow(row["image_id"], row["mask_uri"], str(error)))
                     continue
-                confusion.update(pseudo.labels, truth)
+                maps = {"confusion": pseudo.labels, "confusion_before_walk": pseudo.labels}
+                maps["confusion_before_crf"] = pseudo.labels  # an image without tags is background all along
+                if walked is not None:
+                    maps["confusion_before_walk"] = labels_of_scores(walked.before, class_indices)
+                    maps["confusion_before_crf"] = labels_of_scores(walked.after, class_indices)
+                for key, confusion in confusions.items():
+                    confusion.update(maps[key], truth)
                 num_scored += 1
         stats = {
-            "confusion": confusion.to_json(),
+            **{key: confusion.to_json() for key, confusion in confusions.items()},
             "num_scored": num_scored,
             "coverage": float(np.sum([row["coverage_frac"] for row in made])),
             "ignored": float(np.sum([row["ignore_frac"] for row in made])),
         }
         return ShardOutput(pa.Table.from_pylist(made, schemas.MASKS), bad=bad, stats=stats, num_rows=len(made))
 
+    def _mask(
+        self, cam: np.ndarray, class_indices: list[int], image: np.ndarray
+    ) -> tuple[PseudoMask, WalkedScores | None]:
+        """The pseudo mask, and the scores around the walk where there was one."""
+        if self.affinity is None or not class_indices:
+            return make_pseudo_mask(cam, class_indices, image, self.settings.mask), None
+        walk = self.affinity.settings.walk
+        if isinstance(self.net, AffinityNet):
+            assert isinstance(walk, PsaWalkSettings)
+            walked = walk_by_features(self.net, cam, image, walk, self.device)
+        else:
+            assert self.net is not None
+            assert isinstance(walk, IrnWalkSettings)
+            walked = walk_by_boundaries(self.net, cam, image, walk, self.device)
+        return mask_of_scores(walked.after, class_indices, image, self.settings.mask), walked
 
-def run(context: StageContext, manifest: Manifest, cams: Artifact, mask: PseudoMaskSettings) -> Artifact:
-    """Pseudo masks of the train split. context: with the settings of the chosen round. mask: as choose_round has it."""
+
+def confusion_keys(affinity: object | None) -> list[str]:
+    """Which matrices a shard has; with a walk, also those of the maps before it and of its result before the CRF."""
+    return ["confusion"] if affinity is None else list(CONFUSIONS)
+
+
+def run(
+    context: StageContext,
+    manifest: Manifest,
+    cams: Artifact,
+    mask: PseudoMaskSettings,
+    affinity: Artifact | None = None,
+) -> Artifact:
+    """Pseudo masks of the train split. context: with the settings of the chosen round. mask: as choose_round has it.
+
+    affinity: of `train_affinity`, where there is [affinity].
+    """
     settings = context.experiment.pseudo_masks.model_copy(update={"mask": mask})
+    of_net = context.experiment.affinity
+    trained = None if affinity is None or of_net is None else TrainedAffinity(affinity.folder, of_net)
+    stream = context.experiment.stream
+    if trained is None:
+        stream = stream.model_copy(update={"gpus_per_actor": 0.0})
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
-        confusions, areas = SplitConfusions(manifest), {"coverage": 0.0, "ignored": 0.0}
+        confusions = {key: SplitConfusions(manifest, key) for key in confusion_keys(trained)}
+        areas = {"coverage": 0.0, "ignored": 0.0}
 
         def fold(summary: ShardSummary) -> None:
-            confusions.add(summary)
+            for of_kind in confusions.values():
+                of_kind.add(summary)
             for key in areas:
                 areas[key] += summary.stats[key]
 
         with context.progress.stage("make pseudo masks", total=manifest.num_rows("train"), unit="images") as bar:
             summaries = map_shards(
                 PseudoMaskWorker,
-                {"output": artifact.folder, "classes": manifest.classes, "settings": settings},
+                {"output": artifact.folder, "classes": manifest.classes, "settings": settings, "affinity": trained},
                 inputs={"manifest": manifest.folder, "cams": cams.folder},
                 columns={"manifest": COLUMNS},
                 shards=manifest.shard_names("train"),
                 output=artifact.folder,
-                settings=context.experiment.stream.model_copy(update={"gpus_per_actor": 0.0}),
+                settings=stream,
                 bar=bar,
                 stage="make_pseudo_masks",
                 fold=fold,
@@ -116,21 +201,23 @@ def run(context: StageContext, manifest: Manifest, cams: Artifact, mask: PseudoM
         num_made = max(stats["num_images"], 1)
         stats["coverage_frac"] = areas["coverage"] / num_made
         stats["ignore_frac"] = areas["ignored"] / num_made
-        background = (
-            f"(1 - max)^{mask.alpha:.3g}" if mask.background == "power" else f"constant {mask.background_score:.3g}"
-        )
+        details: dict[str, Any] = {"min_confidence": mask.min_confidence}
+        if trained is not None:
+            details["random_walk"] = {"kind": trained.settings.kind, **trained.settings.walk.model_dump(mode="json")}
+            details["before_walk"] = "argmax of the CAMs against the walk's background"
+            details["before_crf"] = "argmax of what the walk gives"
         protocol = Protocol(
             supervision=TAGS,
             masks=context.experiment.evaluation.masks,
             tags="used: only the tagged classes compete",
-            threshold=f"argmax over the tagged classes and background {background}, before unsure pixels become 255",
+            threshold=f"argmax over the tagged classes and background {_background(mask, trained)}, before 255 is set",
             crf=mask.crf,
             scales=context.experiment.cams.cam.scales,
             flip=context.experiment.cams.cam.flip,
             base_px=context.experiment.cams.cam.base_px,
             weights=context.experiment.classifier.backbone.weights,
             rng_seed=context.experiment.rng_seed,
-            details={"min_confidence": mask.min_confidence},
+            details=details,
         ).to_json()
         child.log_params({f"protocol.{key}": value for key, value in protocol.items()})
         splits = {
@@ -138,20 +225,36 @@ def run(context: StageContext, manifest: Manifest, cams: Artifact, mask: PseudoM
                 **confusion_scores(confusion, num_scored),
                 "all_background": confusion_scores(all_background(confusion), num_scored),
             }
-            for split, (confusion, num_scored) in confusions.by_split.items()
+            for split, (confusion, num_scored) in confusions["confusion"].by_split.items()
         }
+        for key, of_kind in confusions.items():
+            for split, (confusion, num_scored) in of_kind.by_split.items():
+                if CONFUSIONS[key]:
+                    splits[split][CONFUSIONS[key]] = confusion_scores(confusion, num_scored)
         artifact.folder.write_json("scores.json", {"protocol": protocol, "splits": splits})
-        child.log_metrics({f"make_pseudo_masks/miou_{split}": score["miou"] for split, score in splits.items()})
+        for split, score in splits.items():
+            steps = {f"_{step}": score[step] for step in CONFUSIONS.values() if step in score}
+            values = {name: told["miou"] for name, told in {"": score, **steps}.items()}
+            child.log_metrics({f"make_pseudo_masks/miou_{split}{name}": value for name, value in values.items()})
         return stats
 
-    return complete(
-        context,
-        name="pseudo_masks",
-        stage="make_pseudo_masks",
-        inputs={
-            "settings": settings.model_dump(mode="json"),
-            "manifest": manifest.fingerprint,
-            "cams": cams.output_fingerprint,
-        },
-        work=work,
-    )
+    inputs = {
+        "settings": settings.model_dump(mode="json"),
+        "manifest": manifest.fingerprint,
+        "cams": cams.output_fingerprint,
+    }
+    if affinity is not None and of_net is not None:  # a key of its own, so that runs without stay as they are
+        inputs["affinity"] = {"net": affinity.output_fingerprint, "walk": of_net.walk.model_dump(mode="json")}
+    return complete(context, name="pseudo_masks", stage="make_pseudo_masks", inputs=inputs, work=work)
+
+
+def _background(mask: PseudoMaskSettings, trained: TrainedAffinity | None) -> str:
+    """The background score in words."""
+    if trained is not None:
+        walk = trained.settings.walk
+        return (
+            f"(1 - max)^{walk.alpha}, walks along"
+            if isinstance(walk, PsaWalkSettings)
+            else (f"constant {walk.background_score}, beside the walk's result")
+        )
+    return f"(1 - max)^{mask.alpha:.3g}" if mask.background == "power" else f"constant {mask.background_score:.3g}"

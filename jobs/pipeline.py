@@ -2,8 +2,10 @@
 
     prepare
     round 0..R:  train_classifier -> make_cams (score) and, but for the last round, extract_features -> cluster_features
-    choose_round -> make_train_cams -> make_pseudo_masks -> train_segmenter -> predict -> evaluate
-    [where the config has `supervised`: train_supervised -> predict_supervised -> evaluate_supervised] -> report
+    choose_round -> make_train_cams -> [make_affinity_labels -> train_affinity ->] make_pseudo_masks -> train_segmenter
+    -> predict -> evaluate -> [train_supervised -> predict_supervised -> evaluate_supervised ->] report
+
+Stages in brackets run where the config has their section.
 
 Every classifier starts from the pretrained weights again; a round hands on only its sub-categories. The last round
 makes none, for nothing would use them. Pseudo masks come from the round that choose_round keeps.
@@ -22,11 +24,13 @@ from jobs import (
     cluster_features,
     evaluate,
     extract_features,
+    make_affinity_labels,
     make_cams,
     make_pseudo_masks,
     predict,
     prepare,
     report,
+    train_affinity,
     train_classifier,
     train_segmenter,
     train_supervised,
@@ -60,9 +64,12 @@ def plan(experiment: Experiment) -> list[StagePlan]:
         if index < experiment.rounds:
             steps.append(StagePlan("extract_features", index, round_folder(index, "features")))
             steps.append(StagePlan("cluster_features", index, round_folder(index, "subcategories")))
+    steps.append(StagePlan("choose_round", None, choose_round.FOLDER))
+    steps.append(StagePlan("make_train_cams", None, "cams"))
+    if experiment.affinity is not None:
+        steps.append(StagePlan("make_affinity_labels", None, "affinity_labels"))
+        steps.append(StagePlan("train_affinity", None, "affinity"))
     steps += [
-        StagePlan("choose_round", None, choose_round.FOLDER),
-        StagePlan("make_train_cams", None, "cams"),
         StagePlan("make_pseudo_masks", None, "pseudo_masks"),
         StagePlan("train_segmenter", None, "segmenter"),
         StagePlan("predict", None, "predictions"),
@@ -84,6 +91,8 @@ STAGES = (
     "cluster_features",
     "choose_round",
     "make_train_cams",
+    "make_affinity_labels",
+    "train_affinity",
     "make_pseudo_masks",
     "train_segmenter",
     "predict",
@@ -157,7 +166,13 @@ def _run_stages(context: StageContext) -> Iterator[str]:
     chosen = context.for_round(choice.round_index)
     train_cams = make_cams.run_train(chosen, manifest, choice.round_index, classifiers[choice.round_index])
     yield "make_train_cams"
-    pseudo_masks = make_pseudo_masks.run(chosen, manifest, train_cams, choice.mask)
+    affinity: Artifact | None = None
+    if context.experiment.affinity is not None:
+        labels = make_affinity_labels.run(chosen, manifest, train_cams)
+        yield "make_affinity_labels"
+        affinity = train_affinity.run(chosen, manifest, labels)
+        yield "train_affinity"
+    pseudo_masks = make_pseudo_masks.run(chosen, manifest, train_cams, choice.mask, affinity)
     yield "make_pseudo_masks"
     segmenter = train_segmenter.run(context, manifest, pseudo_masks)
     yield "train_segmenter"

@@ -20,6 +20,8 @@ _ROUND_STAGES = (
 _LAST_STAGES = (
     ("choose_round", "choice"),
     ("make_train_cams", "cams"),
+    ("make_affinity_labels", "affinity_labels"),
+    ("train_affinity", "affinity"),
     ("make_pseudo_masks", "pseudo_masks"),
     ("train_segmenter", "segmenter"),
     ("predict", "predictions"),
@@ -67,6 +69,7 @@ class RunNumbers:
     subcategories: dict[int, dict[str, Any]]
     choice: dict[str, Any] | None
     """choice.json: the round that was chosen and why."""
+    affinity: dict[str, Any] | None
     pseudo_masks: dict[str, Any] | None
     segmenter: dict[str, Any] | None
     evaluation: dict[str, Any] | None
@@ -102,6 +105,7 @@ def read_numbers(storage: Storage, manifest: Manifest, num_rounds: int, max_bad:
         classifiers=_by_round(storage, rounds, "classifier/result.json"),
         subcategories=_by_round(storage, rounds, "subcategories/result.json"),
         choice=read_optional(storage, "choice/choice.json"),
+        affinity=read_optional(storage, "affinity/result.json"),
         pseudo_masks=read_optional(storage, "pseudo_masks/scores.json"),
         segmenter=read_optional(storage, "segmenter/result.json"),
         evaluation=read_optional(storage, "evaluation/scores.json"),

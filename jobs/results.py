@@ -14,6 +14,8 @@ from jobs.protocol import protocol_markdown
 
 Line = tuple[str, str, str]
 """(what, split, which number)"""
+WALK_STEPS = {"before_walk": "CAM, before the walk", "before_crf": "+ random walk"}
+"""Scores of the steps before a pseudo mask, in scores.json where there was a random walk: key -> name in tables."""
 _CURVE_STEP = 0.05
 
 
@@ -52,6 +54,9 @@ def scores_of_run(storage: Storage) -> dict[Line, float | None]:
     lines[("round chosen by it", "", "round")] = choice["round_index"]
     lines[("background chosen by it", "", "alpha")] = choice["mask"]["alpha"]
     for split, score in storage.read_json("pseudo_masks/scores.json")["splits"].items():
+        for key, name in WALK_STEPS.items():
+            if key in score:
+                lines[(name, split, "mIoU")] = score[key]["miou"]
         lines[("pseudo masks", split, "mIoU")] = score["miou"]
     for split, score in storage.read_json("evaluation/scores.json")["splits"].items():
         lines[("segmenter", split, "mIoU")] = score["miou"]

@@ -10,6 +10,7 @@ from rich.table import Table
 from cluster.storage import Storage
 from jobs.config import Experiment
 from jobs.pipeline import StagePlan, plan
+from jobs.results import WALK_STEPS
 
 GIB = 1024**3
 
@@ -128,6 +129,9 @@ def _scores(storage: Storage, step: StagePlan) -> list[tuple[str, str, str, str,
     rows = []
     for split, score in scores["splits"].items():
         name, num_images = names[step.stage], str(score["num_images"])
+        for key, before in WALK_STEPS.items():
+            if key in score:
+                rows.append((before, split, num_images, _text(score[key]["miou"]), ""))
         curves = [(f"{name}, plain", score["plain"]), (name, score)] if "plain" in score else [(name, score)]
         for what, curve in curves:
             if "best" not in curve:

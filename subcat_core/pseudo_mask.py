@@ -61,18 +61,26 @@ def make_pseudo_mask(
     ValueError for shapes that do not fit, and for maps that are not finite or outside 0..1.
     """
     indices = np.asarray(class_indices, np.int64)
-    _check(cam, indices, image)
+    check_cam(cam, indices, image)
     height, width = image.shape[:2]
     if not len(indices):
         empty = np.full((height, width), BACKGROUND, np.uint8)
         return PseudoMask(empty, empty, confidence=1.0, coverage_frac=0.0, ignore_frac=0.0, class_ids=())
-    probability = with_background(upsample_cam(cam, height, width), settings)
+    return mask_of_scores(with_background(upsample_cam(cam, height, width), settings), indices, image, settings)
+
+
+def mask_of_scores(
+    scores: np.ndarray, class_indices: Sequence[int] | np.ndarray, image: np.ndarray, settings: PseudoMaskSettings
+) -> PseudoMask:
+    """Pseudo mask from scores (1 + n, H, W) float32 >= 0, background first, as `with_background` or a walk gives them.
+
+    Of the settings, those of the background are not looked at: it is in the scores.
+    """
     if settings.crf is None:
-        probability /= np.maximum(probability.sum(axis=0), np.finfo(np.float32).tiny)
+        probability = scores / np.maximum(scores.sum(axis=0), np.finfo(np.float32).tiny)
     else:
-        probability = dense_crf(probability, image, settings.crf)
-    ids = np.concatenate([np.array([BACKGROUND], np.uint8), to_class_ids(indices)])
-    labels = ids[probability.argmax(axis=0)]
+        probability = dense_crf(scores, image, settings.crf)
+    labels = labels_of_scores(probability, class_indices)
     chosen = probability.max(axis=0)
     unsure = chosen < settings.min_confidence
     mask = np.where(unsure, np.uint8(IGNORE), labels)
@@ -88,6 +96,12 @@ def make_pseudo_mask(
     )
 
 
+def labels_of_scores(scores: np.ndarray, class_indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """(1 + n, H, W) scores, background first -> (H, W) uint8 class ids of the best; ties go to the lower row."""
+    ids = np.concatenate([np.array([BACKGROUND], np.uint8), to_class_ids(np.asarray(class_indices))])
+    return ids[scores.argmax(axis=0)]
+
+
 def with_background(cam: np.ndarray, settings: PseudoMaskSettings) -> np.ndarray:
     """(n, H, W) maps in 0..1 -> (1 + n, H, W) float32 scores, background first; they do not sum to 1."""
     scores = np.empty((len(cam) + 1, *cam.shape[1:]), np.float32)
@@ -100,7 +114,8 @@ def with_background(cam: np.ndarray, settings: PseudoMaskSettings) -> np.ndarray
     return scores
 
 
-def _check(cam: np.ndarray, indices: np.ndarray, image: np.ndarray) -> None:
+def check_cam(cam: np.ndarray, indices: np.ndarray, image: np.ndarray) -> None:
+    """ValueError for maps, present classes and an image that do not fit, and for maps not finite or outside 0..1."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"image: got {image.dtype} {image.shape}, expected uint8 of (H, W, 3)")
     if cam.ndim != 3 or len(cam) != len(indices):
