@@ -25,7 +25,7 @@ from jobs.summary import _scores
 from subcat_core import schemas
 from subcat_core.classes import IGNORE
 from subcat_core.images import decode_mask
-from tests.jobs.conftest import Tiny
+from tests.jobs.conftest import Tiny, small_values
 
 _COMPUTE = {"num_workers": 0, "num_decode_workers": 0}
 _OPTIMISER = {"epochs": 6, "batch_size": 4, "learning_rate": 0.003, "momentum": 0.9, "precision": "fp32"}
@@ -166,7 +166,12 @@ def test_plan_has_the_stages_only_with_the_section(tiny: Tiny) -> None:
     assert not {"make_affinity_labels", "train_affinity"} & set(without)
     stages = [step.stage for step in pipeline.plan(parse_experiment(tiny(affinity=PSA)))]
     place = stages.index("make_affinity_labels")
-    assert stages[place - 1 : place + 3] == ["make_cams", "make_affinity_labels", "train_affinity", "make_pseudo_masks"]
+    assert stages[place - 1 : place + 3] == [
+        "make_train_cams",
+        "make_affinity_labels",
+        "train_affinity",
+        "make_pseudo_masks",
+    ]
     assert set(stages) <= set(pipeline.STAGES)
     experiment = parse_experiment(tiny())
     storage = Storage(experiment.output)
@@ -231,3 +236,14 @@ def test_an_empty_sample_has_the_shape_of_a_real_one_and_no_pairs(section: dict[
     loss, _ = trainee.loss(trainee.build_model(), batch)
     assert loss.item() == 0
     loss.backward()
+
+
+def test_a_whole_run_with_the_net_goes_through_the_pipeline(tiny_table: Path, tmp_path: Path) -> None:
+    experiment = parse_experiment(small_values(tiny_table, str(tmp_path / "out"), affinity=PSA))
+    storage = Storage(experiment.output)
+    with Tracker(experiment.tracking, storage, experiment.name) as tracker:
+        pipeline.run(StageContext(experiment, storage, Progress(), tracker), "make_pseudo_masks")
+    scores = storage.read_json("pseudo_masks/scores.json")
+    assert {"before_walk", "before_crf"} <= set(scores["splits"]["train"])
+    assert scores["protocol"]["random_walk"]["kind"] == "psa"
+    assert "background" not in storage.read_json("choice/choice.json")  # the walk has one of its own
