@@ -74,12 +74,14 @@ def _training(
     *,
     num_validated: int = 0,
     bytes_per_px: float,
+    scales: tuple[float, ...] = (1.0,),
 ) -> StageCost:
-    """num_validated: images of a forward pass after the training, each time it is validated."""
-    macs = macs_of(network, crop_px, crop_px)
-    steps_per_epoch = BatchPlan(n.num_train, optimiser.batch_size, 0).steps_per_epoch
-    num_epochs = optimiser.epochs
-    num_crops = steps_per_epoch * num_epochs * optimiser.batch_size
+    """num_validated: images of a forward pass after the training, each time it is validated. scales: factors at which
+    each crop is seen.
+    """
+    macs = sum(macs_of(network, int(crop_px * scale), int(crop_px * scale)) for scale in scales)
+    num_steps, num_epochs = _training_length(optimiser, n.num_train)
+    num_crops = num_steps * optimiser.batch_size
     if num_validated:
         every = optimiser.validate_every or num_epochs
         num_validated *= -(-num_epochs // every)
@@ -95,8 +97,14 @@ def _training(
         bf16=optimiser.precision != "fp32",
         depthwise=is_depthwise(network),
         cpu_s=num_crops * (decode_s + crop_px**2 * a.augment_ns_per_px * 1e-9) + num_validated * decode_s,
-        what=f"{num_epochs} epochs of {steps_per_epoch:,} steps, {macs / 1e9:.1f} GMAC a crop of {crop_px} px",
+        what=f"{num_epochs} epochs, {num_steps:,} steps; {macs / 1e9:.1f} GMAC a crop of {crop_px} px",
     )
+
+
+def _training_length(optimiser: OptimiserSettings, num_rows: int) -> tuple[int, int]:
+    """(steps, epochs) of a training on so many images."""
+    # needs branch deeplab: length = optimiser.length(num_rows); return length.num_steps, length.num_epochs
+    return BatchPlan(num_rows, optimiser.batch_size, 0).steps_per_epoch * optimiser.epochs, optimiser.epochs
 
 
 def _train_classifier(step: StagePlan, e: Experiment, n: DataCounts, a: CostAssumptions) -> StageCost:
@@ -117,6 +125,7 @@ def _train_segmenter(step: StagePlan, e: Experiment, n: DataCounts, a: CostAssum
     settings = e.segmenter
     network = segmenter_on_meta(settings.model, n.num_classes)
     bytes_per_px = a.image_bytes_per_px + a.mask_bytes_per_px
+    # needs branch deeplab: scales=settings.model.train_scales
     return _training(step, network, settings.augment.crop_px, settings.optimiser, n, a, bytes_per_px=bytes_per_px)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jobs import cost_stages
-from jobs.config import ConfigError, Experiment, parse_experiment
+from jobs.config import ConfigError, Experiment, load_experiment, parse_experiment
 from jobs.cost import CostAssumptions, DataCounts, StageCost, backbone_on_meta, crf_seconds, macs_of
 from jobs.cost_stages import stage_costs
 from jobs.dry_run import count_data, format_bytes, format_hours, parse_assumptions
@@ -113,7 +113,7 @@ def test_a_round_has_its_own_settings_and_unknown_stages_no_estimate(monkeypatch
     experiment = _experiment(round={"1": {"classifier": {"optimiser": {"epochs": 4}}}})
     costs = _costs(experiment)
     assert costs["train_classifier 1"].what is not None
-    assert costs["train_classifier 1"].what.startswith("4 epochs of 25 steps")
+    assert costs["train_classifier 1"].what.startswith("4 epochs, 100 steps")
     assert costs["report"].what is None
     known = {name: estimate for name, estimate in cost_stages._ESTIMATES.items() if name != "predict"}
     monkeypatch.setattr(cost_stages, "_ESTIMATES", known)
@@ -162,7 +162,7 @@ def test_dry_run_prints_the_cost_and_starts_nothing(
     config = write_toml(tmp_path / "tiny.toml", tiny_values(tiny_table, str(tmp_path / "out")))
     assert call_cli(monkeypatch, "run", config, "--dry-run") == 0
     told = capsys.readouterr().out
-    assert "train_classifier 1: 2 epochs of 3 steps" in told
+    assert "train_classifier 1: 2 epochs, 6 steps" in told
     assert "images: 12 train (12 with masks), 4 val (4 with masks), from the lists of" in told
     assert "gpu_tflops = 125" in told
     assert call_cli(monkeypatch, "run", config, "--dry-run", "--num-train", "10582", "--num-val", "1449") == 0
@@ -203,3 +203,20 @@ def test_every_shipped_config_can_be_planned(
     told = capsys.readouterr().out
     assert "no estimate of the cost" not in told
     assert "all stages" in told
+
+
+def test_the_presets_say_what_was_published() -> None:
+    voc = load_experiment(str(CONFIGS / "voc12.toml"))
+    lengths = [
+        cost_stages._training_length(voc.for_round(index).classifier.optimiser, 10_582)
+        for index in range(voc.rounds + 1)
+    ]
+    assert lengths == [(661 * epochs, epochs) for epochs in (15, 31, 41, 51)]
+    assert (voc.kmeans.num_clusters, voc.kmeans.num_restarts, voc.classifier.subcategory_weight) == (10, 10, 5.0)
+    assert voc.cams.cam.scales == (1.0, 0.5, 1.5, 2.0)
+    num_updates, _ = cost_stages._training_length(voc.segmenter.optimiser, 10_582)
+    assert num_updates == pytest.approx(20_000, rel=0.01)
+    coco = load_experiment(str(CONFIGS / "coco14.toml"))
+    num_updates, _ = cost_stages._training_length(coco.classifier.optimiser, 82_081)
+    assert num_updates == pytest.approx(61 * 661, rel=0.02)  # as many as VOC's plan
+    assert coco.prepare.source.kind == "coco"
