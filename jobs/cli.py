@@ -27,6 +27,7 @@ from cluster.tracking import Tracker
 from jobs import demo_dataset, evaluate, pipeline, predict, report, results, submission, summary
 from jobs.config import ConfigError, Experiment, load_experiment
 from jobs.context import StageContext
+from jobs.dry_run import parse_assumptions, print_dry_run
 from jobs.importers import list_images
 from jobs.manifest import open_manifest
 from jobs.prepare import PrepareSettings
@@ -94,17 +95,32 @@ def run(
     set_: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="Stop after the last occurrence of this stage.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the stages and the resolved settings, and exit.")
+        bool, typer.Option("--dry-run", help="List the stages, their expected cost and the settings, and exit.")
     ] = False,
+    num_train: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: images of split train, where the lists are elsewhere.")
+    ] = None,
+    num_val: Annotated[int | None, typer.Option(min=0, help="With --dry-run: images of split val.")] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="With --dry-run: 10^12 operations a second that a GPU sustains.")
+    ] = None,
+    assume: Annotated[
+        list[str] | None, typer.Option(help="With --dry-run: another assumption, --assume labels_per_image=2.9")
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """The main job: every stage of a config, complete ones skipped."""
     experiment = load_experiment(config, set_ or [])
     if stage is not None and stage not in pipeline.STAGES:
         raise ConfigError(f"--stage {stage}: no such stage; one of {', '.join(pipeline.STAGES)}")
+    assumptions = parse_assumptions(num_train, num_val, tflops, assume or [])
     if dry_run:
-        _print_plan(experiment)
+        print_dry_run(experiment, assumptions)
         return
+    if assumptions.model_fields_set:
+        raise ConfigError(
+            f"{', '.join(sorted(assumptions.model_fields_set))}: only --dry-run assumes something; add it"
+        )
     execute(experiment, last_stage=stage, verbose=verbose, command=_command())
 
 
@@ -263,12 +279,6 @@ def _with_ray(settings: ClusterSettings, needed: bool, work: Callable[[], T], ve
         return work()
     with start_ray(settings, verbose=verbose):
         return work()
-
-
-def _print_plan(experiment: Experiment) -> None:
-    summary.print_summary(Storage(experiment.output), experiment)
-    for key, value in experiment.flattened().items():
-        typer.echo(f"{key} = {value}")
 
 
 def _command() -> str:

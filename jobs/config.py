@@ -233,7 +233,7 @@ def _worded(error: ValidationError, origin: str, prefix: str) -> str:
 def _without_union_tag(location: tuple[str | int, ...]) -> list[str | int]:
     """pydantic puts the tag of the union of sources into the location; it is no key of the config."""
     parts = list(location)
-    if parts[:2] == ["prepare", "source"] and len(parts) > 2 and parts[2] in ("voc", "folders", "table"):
+    if parts[:2] == ["prepare", "source"] and len(parts) > 2 and parts[2] in ("voc", "coco", "folders", "table"):
         del parts[2]
     if parts[:1] == ["affinity"] and len(parts) > 1 and parts[1] in ("psa", "irn"):
         del parts[1]

@@ -1,4 +1,4 @@
-"""Importers: ways of turning what people have (folders, CSV, VOC layout) into manifest rows."""
+"""Importers: ways of turning what people have (folders, CSV, VOC layout, COCO JSON) into manifest rows."""
 
 from __future__ import annotations
 
@@ -6,19 +6,31 @@ from typing import Annotated
 
 from pydantic import Field
 
+from jobs.importers.coco import CocoSource, open_coco
 from jobs.importers.folders import FolderSource, open_folders
 from jobs.importers.image_list import list_images
 from jobs.importers.rows import ImportSource
 from jobs.importers.table import TableSource, open_table
 from jobs.importers.voc import VocSource, open_voc
 
-__all__ = ["FolderSource", "ImportSource", "Source", "TableSource", "VocSource", "list_images", "open_source"]
+__all__ = [
+    "CocoSource",
+    "FolderSource",
+    "ImportSource",
+    "Source",
+    "TableSource",
+    "VocSource",
+    "list_images",
+    "open_source",
+]
 
-Source = Annotated[VocSource | FolderSource | TableSource, Field(discriminator="kind")]
+Source = Annotated[VocSource | CocoSource | FolderSource | TableSource, Field(discriminator="kind")]
 
 
-def open_source(settings: VocSource | FolderSource | TableSource) -> ImportSource:
+def open_source(settings: VocSource | CocoSource | FolderSource | TableSource) -> ImportSource:
     """Open a layout for reading. Raises BadSource (a ValueError) where it cannot be opened at all."""
+    if isinstance(settings, CocoSource):
+        return open_coco(settings)
     if isinstance(settings, VocSource):
         return open_voc(settings)
     if isinstance(settings, FolderSource):
