@@ -57,15 +57,15 @@ def test_every_validation_is_counted() -> None:
     assert _costs(experiment)["train_classifier 1"].network_ops == 2 * macs * (3 * 25 * 5 * 4 + 3 * 20)
 
 
-def test_maps_of_the_last_round_cover_train_and_scored_splits() -> None:
-    experiment = _experiment(cams={"cam": {"scales": [1.0, 0.5], "flip": True}})
+def test_maps_of_a_round_cover_what_is_scored_and_those_of_the_chosen_one_the_train_split() -> None:
+    experiment = _experiment(cams={"cam": {"scales": [1.0, 0.5], "flip": True}, "num_label_free": 10})
     costs = _costs(experiment)
     network = backbone_on_meta(experiment.classifier.backbone)
     macs = 2 * (macs_of(network, 40, 60) + macs_of(network, 20, 30))
-    assert (costs["make_cams 0"].num_images, costs["make_cams 1"].num_images) == (30, 120)
-    assert costs["make_cams 0"].network_ops == 2 * macs * 30
-    assert costs["make_cams 0"].written_bytes == 30 * 1.5 * 10 * 15 * 2  # float16 at 4 px a cell
-    assert costs["make_cams 0"].read_bytes == PIXELS * (30 + 30 * 0.5)
+    assert [costs[name].num_images for name in ("make_cams 0", "make_cams 1", "make_train_cams")] == [40, 40, 100]
+    assert costs["make_cams 0"].network_ops == 2 * macs * 40  # 30 with ground truth, 10 of the sample without
+    assert costs["make_cams 0"].written_bytes == 40 * 1.5 * 10 * 15 * 2  # float16 at 4 px a cell
+    assert costs["make_cams 0"].read_bytes == PIXELS * (40 + 30 * 0.5)
 
 
 def test_features_and_kmeans_by_hand() -> None:
@@ -207,16 +207,15 @@ def test_every_shipped_config_can_be_planned(
 
 def test_the_presets_say_what_was_published() -> None:
     voc = load_experiment(str(CONFIGS / "voc12.toml"))
-    lengths = [
-        cost_stages._training_length(voc.for_round(index).classifier.optimiser, 10_582)
-        for index in range(voc.rounds + 1)
+    lengths = [voc.for_round(index).classifier.optimiser.length(10_582) for index in range(voc.rounds + 1)]
+    assert [(length.num_steps, length.num_epochs) for length in lengths] == [
+        (661 * epochs, epochs) for epochs in (15, 31, 41, 51)
     ]
-    assert lengths == [(661 * epochs, epochs) for epochs in (15, 31, 41, 51)]
+    assert voc.choice.round == "last"
     assert (voc.kmeans.num_clusters, voc.kmeans.num_restarts, voc.classifier.subcategory_weight) == (10, 10, 5.0)
     assert voc.cams.cam.scales == (1.0, 0.5, 1.5, 2.0)
-    num_updates, _ = cost_stages._training_length(voc.segmenter.optimiser, 10_582)
-    assert num_updates == pytest.approx(20_000, rel=0.01)
+    assert voc.segmenter.optimiser.length(10_582).num_steps == 20_000
     coco = load_experiment(str(CONFIGS / "coco14.toml"))
-    num_updates, _ = cost_stages._training_length(coco.classifier.optimiser, 82_081)
+    num_updates = coco.classifier.optimiser.length(82_081).num_steps
     assert num_updates == pytest.approx(61 * 661, rel=0.02)  # as many as VOC's plan
     assert coco.prepare.source.kind == "coco"
