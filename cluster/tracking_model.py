@@ -20,8 +20,8 @@ from subcat_core.classes import ClassTable
 from subcat_core.images import decode_image, encode_mask
 from subcat_core.segmenter import SegmenterSettings, build_segmenter, predict_mask
 
-# MLflow advises type hints as it sees the class; it would read them as the signature, and these inputs have several types.
-# Recorded, for it overrides filters.
+# MLflow advises type hints as it sees the class; it would read them as the signature, and these inputs have several
+# types. Recorded, not filtered: it puts a filter of its own before ours.
 with warnings.catch_warnings(record=True):
 
     class SegmenterModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
