@@ -10,10 +10,10 @@ STAMP := $(VENV)/.installed
 # the caller sets it.
 TEST_ENV := PYTHONWARNINGS=ignore RAY_DISABLE_IMPORT_WARNING=1 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=$(CUDA_VISIBLE_DEVICES)
 
-.PHONY: help install demo test check format bench results peers clean
+.PHONY: help install demo test check format bench results peers killed-demo clean
 
 help: ## print this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Subcat needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
@@ -50,10 +50,14 @@ results: $(STAMP) ## three seeds on real pictures: the tables of docs/results.md
 	@if test -d "$(DATA)/voc12-animals"; then \
 	  for seed in 0 1 2; do \
 	    $(BIN)/python -m jobs run configs/voc12-animals.toml --set prepare.source.path=$(DATA)/voc12-animals \
+	      --set supervised.masks_folder=$(DATA)/voc12-animals/SegmentationClass \
 	      --set rng_seed=$$seed --set output=outputs/voc12-animals-$$seed || exit 1; \
 	  done; \
 	  $(BIN)/subcat results outputs/voc12-animals-0 outputs/voc12-animals-1 outputs/voc12-animals-2; \
 	else echo "not run: no folder $(DATA)/voc12-animals; give its parent as DATA=/folder"; fi
 
+killed-demo: $(STAMP) ## the demo, killed with SIGKILL in the middle of every stage: the same table in the end
+	$(BIN)/python -m benchmarks.killed_demo
+
 clean: ## remove the demo's pictures and output, and caches; keep .venv and other runs
-	rm -rf outputs/demo data/demo .pytest_cache .ruff_cache .mypy_cache
+	rm -rf outputs/demo outputs/killed-demo data/demo .pytest_cache .ruff_cache .mypy_cache

@@ -17,7 +17,7 @@ _NAME = re.compile(r"epoch-(\d{4,})\.pt")
 
 @dataclasses.dataclass
 class Checkpoint:
-    """The state after an epoch (1..epochs); epoch 0 is the start. bad_rows: image_id -> {image_id, uri, reason}."""
+    """The state after an epoch, counted from 1; epoch 0 is the start. bad_rows: image_id -> {image_id, uri, reason}."""
 
     epoch: int
     model: dict[str, torch.Tensor]
@@ -42,7 +42,7 @@ def newest_epoch(folder: Storage) -> int:
 def read_checkpoint(folder: Storage, epoch: int, identity: dict[str, int]) -> Checkpoint:
     """The checkpoint of an epoch, on the CPU; ValueError where it is unreadable or of another training.
 
-    identity: what must be the same (rows, batch size, epochs, rng_seed) for its steps to mean the same.
+    identity: what must be the same (rows, batch size, epochs, steps, rng_seed) for its steps to mean the same.
     """
     name = checkpoint_name(epoch)
     data = folder.read_bytes(name)

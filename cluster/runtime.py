@@ -82,7 +82,6 @@ def quiet_libraries(verbose: bool = False) -> None:
     if not verbose:
         for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
             warnings.filterwarnings("ignore", category=category)
-        warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")  # of MLflow, about ours
 
 
 def worker_environment(num_threads: int = 1) -> dict[str, str]:

@@ -146,12 +146,13 @@ class Tracker:
         base_px: int | None = None,
         scales: tuple[float, ...] = (1.0,),
         flip: bool = True,
+        merge: str = "mean",
     ) -> str | None:
         """The segmenter as an MLflow model with signature: encoded images in, indexed PNG masks out, no tags asked for.
 
         state: bytes of `torch.save` of its state dict. settings: SegmenterSettings. example: one encoded image, the
-        model's input example. base_px, scales, flip: as PredictSettings. Returns the model's URI; None where it is
-        not logged yet: it waits with the rest until the server answers.
+        model's input example. base_px, scales, flip, merge: as PredictSettings. Returns the model's URI; None where it
+        is not logged yet: it waits with the rest until the server answers.
         """
         if not self.settings.enabled:
             return None
@@ -162,6 +163,7 @@ class Tracker:
             "base_px": base_px,
             "scales": list(scales),
             "flip": flip,
+            "merge": merge,
         }
         files = {"model.pt": state, "segmenter.json": json.dumps(described, indent=2).encode()}
         logged: list[str] = []

@@ -12,7 +12,6 @@ import re
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -181,8 +180,7 @@ class TrackingClient:
                 (Path(scratch) / name).write_bytes(data)
             code = Path(scratch) / "subcat_core"
             shutil.copytree(Path(str(subcat_core.__file__)).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
-            with _fluent(self.uri, run_id), warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # advice on type hints, as in tracking_model.py
+            with _fluent(self.uri, run_id):
                 logged = mlflow.pyfunc.log_model(
                     name="segmenter",
                     python_model=str(Path(__file__).with_name("tracking_model.py")),

@@ -20,10 +20,9 @@ from subcat_core.classes import ClassTable
 from subcat_core.images import decode_image, encode_mask
 from subcat_core.segmenter import SegmenterSettings, build_segmenter, predict_mask
 
-with warnings.catch_warnings():
-    # MLflow advises type hints as it sees the class; it would read them as the signature, and these inputs have several
-    # types.
-    warnings.simplefilter("ignore", UserWarning)
+# MLflow advises type hints as it sees the class; it would read them as the signature, and these inputs have several
+# types. Recorded, not filtered: it puts a filter of its own before ours.
+with warnings.catch_warnings(record=True):
 
     class SegmenterModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
         """Holds the network on the GPU where there is one, else on the CPU."""
@@ -40,6 +39,7 @@ with warnings.catch_warnings():
             self.options = {
                 "scales": tuple(described["scales"]),
                 "flip": described["flip"],
+                "merge": described["merge"],
                 "base_px": described["base_px"],
                 "background": background,
             }

@@ -9,11 +9,37 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.storage import Storage
 from cluster.training_input import BatchPlan
 from subcat_core.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainLength:
+    """total_steps: planned updates, over which the learning rate falls to 0; num_steps: those that are made, in
+    num_epochs epochs, the last of which may be cut short; num_rows: images of an epoch.
+    """
+
+    steps_per_epoch: int
+    total_steps: int
+    num_steps: int
+    num_epochs: int
+    num_rows: int
+
+    @property
+    def num_images(self) -> int:
+        """What a progress bar counts: an epoch is all its images, whatever is dropped or repeated to fill batches."""
+        return round(self.num_rows * self.num_steps / self.steps_per_epoch)
+
+    def steps_of(self, epoch: int) -> range:
+        """Updates of epoch 1..num_epochs, counted from 0 over the whole training."""
+        return range((epoch - 1) * self.steps_per_epoch, self.steps_until(epoch))
+
+    def steps_until(self, epoch: int) -> int:
+        """Updates made once epoch 0..num_epochs is done."""
+        return min(epoch * self.steps_per_epoch, self.num_steps)
 
 
 class OptimiserSettings(Settings):
@@ -21,6 +47,12 @@ class OptimiserSettings(Settings):
 
     epochs: int = Field(default=15, ge=1)
     """Passes over the training images (15 in PSA's recipe for the classifier; SC-CAM's code plans 61)."""
+    stop_after_epochs: int | None = Field(default=None, ge=1)
+    """End after so many of the epochs, while the learning rate falls as planned for all of them (SC-CAM's code plans
+    61 and uses what is there after 31, 41 and 51 in rounds 1, 2 and 3); null goes to the end."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Updates in all, in place of epochs, which are then not looked at (20,000 in deeplab-pytorch); null counts by
+    epochs. The last epoch ends early where they do not fill it."""
     batch_size: int = Field(default=16, ge=1)
     """Images of one step over all workers together; split evenly, so it must be a multiple of num_workers."""
     learning_rate: float = Field(default=0.01, gt=0)
@@ -31,6 +63,8 @@ class OptimiserSettings(Settings):
     """L2 penalty on weights; biases have none (value of the authors' code)."""
     poly_power: float = Field(default=0.9, ge=0)
     """Learning rate at step t of T: learning_rate * (1 - t / T) ** poly_power."""
+    refresh_lr_every: int = Field(default=1, ge=1)
+    """Steps between changes of the learning rate (10 in deeplab-pytorch)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 means autocast with float32 weights. auto: bf16 where it is faster, see `choose_precision`."""
     channels_last: bool = True
@@ -42,6 +76,27 @@ class OptimiserSettings(Settings):
     """Newest checkpoints that stay, one an epoch; a training goes on from the last, and the other is a spare."""
     validate_every: int | None = Field(default=None, ge=1)
     """Epochs between validations; null validates once, after the last epoch."""
+
+    @model_validator(mode="after")
+    def _ends_once(self) -> OptimiserSettings:
+        if self.stop_after_epochs is not None and self.max_steps is not None:
+            raise ValueError(
+                f"stop_after_epochs = {self.stop_after_epochs} and max_steps = {self.max_steps}: both say where the "
+                "training ends; give one of them"
+            )
+        if self.stop_after_epochs is not None and self.stop_after_epochs > self.epochs:
+            raise ValueError(
+                f"stop_after_epochs = {self.stop_after_epochs} is beyond epochs = {self.epochs}; lower it, or raise "
+                "epochs"
+            )
+        return self
+
+    def length(self, num_rows: int) -> TrainLength:
+        """How long a training on so many images is."""
+        steps_per_epoch = BatchPlan(num_rows, self.batch_size, 0).steps_per_epoch
+        planned = self.max_steps or self.epochs * steps_per_epoch
+        num_steps = min(planned, (self.stop_after_epochs or planned) * steps_per_epoch)
+        return TrainLength(steps_per_epoch, planned, num_steps, -(-num_steps // steps_per_epoch), num_rows)
 
 
 class TrainComputeSettings(Settings):
@@ -122,24 +177,25 @@ class TrainJob:
         return BatchPlan(self.rows.num_rows, self.optimiser.batch_size, self.rng_seed)
 
     @property
-    def total_steps(self) -> int:
-        return self.optimiser.epochs * self.plan.steps_per_epoch
+    def length(self) -> TrainLength:
+        return self.optimiser.length(self.rows.num_rows)
 
     def identity(self) -> dict[str, int]:
-        """What a checkpoint must agree with, so that steps and batches mean the same."""
+        """What a checkpoint must agree with, so that steps and batches mean the same, and the end does too."""
         return {
             "num_rows": self.rows.num_rows,
             "batch_size": self.optimiser.batch_size,
-            "epochs": self.optimiser.epochs,
+            "epochs": self.length.num_epochs,
+            "total_steps": self.length.total_steps,
             "rng_seed": self.rng_seed,
         }
 
     def validates_after(self, epoch: int) -> bool:
-        """Whether a validation follows epoch 1..epochs."""
+        """Whether a validation follows epoch 1..length.num_epochs."""
         if self.val_rows is None or self.val_rows.num_rows == 0:
             return False
         every = self.optimiser.validate_every
-        return epoch == self.optimiser.epochs or (every is not None and epoch % every == 0)
+        return epoch == self.length.num_epochs or (every is not None and epoch % every == 0)
 
 
 @dataclasses.dataclass(frozen=True)

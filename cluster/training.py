@@ -61,9 +61,9 @@ def train(
     rows, val_rows: tables with image_id, uri (strings) and whatever the trainee reads. Writes into folder:
     checkpoints/epoch-0001.pt after each epoch, model.pt (a state dict) and, last, result.json. The folder belongs to
     one training: that its content is of these settings is for the caller to know (`cluster.artifacts`).
-    bar gets rows * epochs images in all. on_metrics(step, values) is called on the caller's thread: every few steps
-    with loss, the trainee's scalars, learning_rate and images_per_s; after each epoch with epoch, epoch_* means and
-    validation metrics. A step may come again after a lost worker was replaced.
+    bar gets optimiser.length(number of rows).num_images in all. on_metrics(step, values) is called on the caller's
+    thread: every few steps with loss, the trainee's scalars, learning_rate and images_per_s; after each epoch with
+    epoch, epoch_* means and validation metrics. A step may come again after a lost worker was replaced.
 
     Raises ValueError for empty tables, settings that do not fit together or the cluster, more than
     max_bad_frac bad images, and a loss that is not finite; StorageError where the folder cannot be written;
@@ -73,7 +73,7 @@ def train(
     _check(job)
     monitor = _Monitor(job, bar, on_metrics)
     if _is_done(job):
-        monitor.handle("progress", job.total_steps, {})
+        monitor.handle("progress", job.length.num_steps, {})
     elif compute.num_workers == 0:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with _threads_restored():
@@ -127,7 +127,7 @@ class _Monitor:
 
     def __init__(self, job: TrainJob, bar: Bar | None, on_metrics: OnMetrics | None) -> None:
         self._bar, self._on_metrics = bar, on_metrics
-        self._num_images, self._num_steps = job.rows.num_rows * job.optimiser.epochs, job.total_steps
+        self._num_images, self._num_steps = job.length.num_images, job.length.num_steps
         self._shown: int | None = None
 
     def handle(self, kind: str, step: int, values: dict[str, float]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -39,9 +40,11 @@ def run_worker(job: TrainJob, context: TrainContext) -> None:
     if context.num_threads:
         torch.set_num_threads(context.num_threads)
     worker = _Worker(job, context)
-    epochs = range(worker.epoch + 1, job.optimiser.epochs + 1)
-    keys = job.plan.batches(context.rank, context.world_size, epochs)
-    context.post("progress", worker.epoch * job.plan.steps_per_epoch, {})
+    length = job.length
+    epochs = range(worker.epoch + 1, length.num_epochs + 1)
+    num_done = length.steps_until(worker.epoch)
+    keys = itertools.islice(job.plan.batches(context.rank, context.world_size, epochs), length.num_steps - num_done)
+    context.post("progress", num_done, {})
     stream = stream_batches(worker.reader, job.rows, keys, job.compute)
     with contextlib.closing(stream):  # type: ignore[type-var]
         for epoch in epochs:
@@ -90,18 +93,18 @@ class _Worker:
         started = time.monotonic()
         torch.manual_seed(_mix(job.rng_seed, epoch, self.context.rank))
         self.model.train()
-        steps = job.plan.steps_per_epoch
+        steps = job.length.steps_of(epoch)
         window = _Window(job, self.context)
-        for step in range((epoch - 1) * steps, epoch * steps):
+        for step in steps:
             batch = next(stream)
             self._count_bad(batch, job.rows)
             window.add(step, *self._step(step, batch))
         window.flush()
         self._share_bad()
         seconds = time.monotonic() - started
-        rate = steps * job.optimiser.batch_size / seconds
-        means = {name: total / steps for name, total in window.totals.items()}
-        return {"epoch": epoch, "step": epoch * steps, **means, "seconds": seconds, "images_per_s": rate}
+        rate = len(steps) * job.optimiser.batch_size / seconds
+        means = {name: total / len(steps) for name, total in window.totals.items()}
+        return {"epoch": epoch, "step": steps.stop, **means, "seconds": seconds, "images_per_s": rate}
 
     def _step(self, step: int, batch: Batch) -> tuple[dict[str, torch.Tensor], float]:
         settings = self.job.optimiser
@@ -109,8 +112,9 @@ class _Worker:
             self.sgd,
             lr=settings.learning_rate,
             step=step,
-            total_steps=self.job.total_steps,
+            total_steps=self.job.length.total_steps,
             power=settings.poly_power,
+            refresh_every=settings.refresh_lr_every,
         )
         with self._autocast():
             loss, scalars = self.job.trainee.loss(self.model, self._tensors(batch))
@@ -173,13 +177,13 @@ class _Worker:
         result["weights"] = getattr(self.bare, "weights_account", "")  # what the start of the training was loaded from
         result |= {"identity": self.job.identity(), "precision": "bf16" if self.dtype == torch.bfloat16 else "fp32"}
         folder.write_json("result.json", result)
-        self.context.post("progress", self.job.total_steps, {})
+        self.context.post("progress", self.job.length.num_steps, {})
 
     def _result(self, peak: int) -> TrainResult:
         timing = ("epoch", "step", "learning_rate", "seconds", "images_per_s")
         validated = [record for record in self.history if self.job.validates_after(int(record["epoch"]))]
         last = {**(validated[-1] if validated else {}), **self.history[-1]}
-        num_images = len(self.history) * self.job.plan.steps_per_epoch * self.job.optimiser.batch_size
+        num_images = self.job.length.num_steps * self.job.optimiser.batch_size
         seconds = sum(record["seconds"] for record in self.history)
         return TrainResult(
             history=self.history,
@@ -246,10 +250,11 @@ class _Window:
         names, count = list(self._steps[0]), len(self._steps)
         stacked = torch.stack([torch.stack([scalars[name] for name in names]) for scalars in self._steps])
         values = mean_over_ranks(stacked, self._context).cpu().double().numpy()
+        num_steps = self._job.length.num_steps
         for offset, loss in enumerate(values[:, names.index("loss")]):
             if not math.isfinite(loss):
                 raise ValueError(
-                    f"the loss is {loss} at step {self._last_step - count + 1 + offset} of {self._job.total_steps} "
+                    f"the loss is {loss} at step {self._last_step - count + 1 + offset} of {num_steps} "
                     f"(learning rate {self._rate:.3g}); lower optimiser.learning_rate"
                 )
         for name, total in zip(names, values.sum(axis=0), strict=True):

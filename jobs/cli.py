@@ -1,4 +1,4 @@
-"""The command line: demo, prepare, validate, run, predict, evaluate, report, results.
+"""The command line: demo, prepare, validate, run, predict, submission, evaluate, report, results.
 
 Exit codes: 0 done; 1 the run failed (storage, lost workers); 2 the input or the config is wrong, or an output is of
 other inputs.
@@ -24,9 +24,10 @@ from cluster.runtime import ClusterSettings, check_shared_storage, quiet_librari
 from cluster.storage import Storage, StorageError
 from cluster.streams import StreamSettings
 from cluster.tracking import Tracker
-from jobs import demo_dataset, evaluate, pipeline, predict, report, results, summary
+from jobs import demo_dataset, evaluate, pipeline, predict, report, results, submission, summary
 from jobs.config import ConfigError, Experiment, load_experiment
 from jobs.context import StageContext
+from jobs.dry_run import parse_assumptions, print_dry_run
 from jobs.importers import list_images
 from jobs.manifest import open_manifest
 from jobs.prepare import PrepareSettings
@@ -98,17 +99,32 @@ def run(
     tile_px: TilePx = None,
     stride_px: StridePx = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the stages and the resolved settings, and exit.")
+        bool, typer.Option("--dry-run", help="List the stages, their expected cost and the settings, and exit.")
     ] = False,
+    num_train: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: images of split train, where the lists are elsewhere.")
+    ] = None,
+    num_val: Annotated[int | None, typer.Option(min=0, help="With --dry-run: images of split val.")] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="With --dry-run: 10^12 operations a second that a GPU sustains.")
+    ] = None,
+    assume: Annotated[
+        list[str] | None, typer.Option(help="With --dry-run: another assumption, --assume labels_per_image=2.9")
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """The main job: every stage of a config, complete ones skipped."""
     experiment = load_experiment(config, _with_tiles(set_, tile_px, stride_px))
     if stage is not None and stage not in pipeline.STAGES:
         raise ConfigError(f"--stage {stage}: no such stage; one of {', '.join(pipeline.STAGES)}")
+    assumptions = parse_assumptions(num_train, num_val, tflops, assume or [])
     if dry_run:
-        _print_plan(experiment)
+        print_dry_run(experiment, assumptions)
         return
+    if assumptions.model_fields_set:
+        raise ConfigError(
+            f"{', '.join(sorted(assumptions.model_fields_set))}: only --dry-run assumes something; add it"
+        )
     execute(experiment, last_stage=stage, verbose=verbose, command=_command())
 
 
@@ -219,6 +235,9 @@ def predict_command(
         typer.echo(f"  {bad['uri']}: {bad['reason']}")
 
 
+app.command(name="submission")(submission.submit)
+
+
 @app.command(name="evaluate")
 def evaluate_command(
     run_output: Annotated[str, typer.Argument(help="Output of a run: its manifest has the masks and the classes.")],
@@ -276,6 +295,8 @@ def needs_ray(experiment: Experiment) -> bool:
     """Whether any stage of the run, in any round, asks for workers or actors."""
     rounds = [experiment.for_round(index) for index in range(experiment.rounds + 1)]
     compute = [*(part.classifier.compute for part in rounds), experiment.segmenter.compute]
+    if experiment.affinity is not None:
+        compute.append(experiment.affinity.compute)
     return experiment.stream.num_actors > 0 or any(part.num_workers > 0 for part in compute)
 
 
@@ -285,12 +306,6 @@ def _with_ray(settings: ClusterSettings, needed: bool, work: Callable[[], T], ve
         return work()
     with start_ray(settings, verbose=verbose):
         return work()
-
-
-def _print_plan(experiment: Experiment) -> None:
-    summary.print_summary(Storage(experiment.output), experiment)
-    for key, value in experiment.flattened().items():
-        typer.echo(f"{key} = {value}")
 
 
 def _command() -> str:

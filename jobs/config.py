@@ -17,6 +17,8 @@ from cluster.runtime import ClusterSettings
 from cluster.storage import read_uri
 from cluster.streams import StreamSettings
 from cluster.tracking import TrackingSettings
+from jobs.affinity_settings import AffinitySettingsOfAKind, AffinityStageSettings
+from jobs.choose_round import ChoiceSettings
 from jobs.evaluate import EvaluationSettings
 from jobs.extract_features import FeatureSettings
 from jobs.make_cams import CamStageSettings
@@ -26,6 +28,8 @@ from jobs.prepare import PrepareSettings
 from jobs.report import ReportSettings
 from jobs.train_classifier import ClassifierSettings
 from jobs.train_segmenter import SegmenterStageSettings
+from jobs.train_supervised import SupervisedSettings
+from subcat_core.backbones import check_output_stride
 from subcat_core.kmeans import KMeansSettings
 from subcat_core.settings import Settings
 
@@ -58,6 +62,11 @@ class Experiment(Settings):
     """How each parent class is split; [round.N] may override it."""
     cams: CamStageSettings = CamStageSettings()
     """How maps are made and scored; [round.N] may override it."""
+    affinity: AffinityStageSettings | None = None
+    """A net that spreads CAMs by a random walk before they become masks (`kind`: "psa", the paper's, or "irn"); none:
+    masks come straight from the CAMs."""
+    choice: ChoiceSettings = ChoiceSettings()
+    """How the round that masks are made from is chosen."""
     pseudo_masks: PseudoMaskStageSettings = PseudoMaskStageSettings()
     """How maps become masks."""
     segmenter: SegmenterStageSettings = SegmenterStageSettings()
@@ -66,6 +75,8 @@ class Experiment(Settings):
     """How the segmenter is applied, and to which splits."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Words for the protocol of the scores."""
+    supervised: SupervisedSettings | None = None
+    """`{}` or a section trains the same segmenter on full masks too, as a yardstick; null does not."""
     report: ReportSettings = ReportSettings()
     """How much the report shows."""
     stream: StreamSettings = StreamSettings()
@@ -93,7 +104,14 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Experiment:
-        for key, part in (("classifier", self.classifier), ("segmenter", self.segmenter)):
+        parts: dict[str, ClassifierSettings | SegmenterStageSettings | AffinitySettingsOfAKind | None] = {
+            "classifier": self.classifier,
+            "segmenter": self.segmenter,
+            "affinity": self.affinity,
+        }
+        for key, part in parts.items():
+            if part is None:
+                continue
             workers, batch_size = part.compute.num_workers, part.optimiser.batch_size
             if workers and batch_size % workers:
                 raise ValueError(f"{key}.optimiser.batch_size = {batch_size}: does not divide among {workers} workers")
@@ -102,7 +120,24 @@ class Experiment(Settings):
         stride = self.segmenter.model.backbone.output_stride
         if stride == 32:
             raise ValueError("segmenter.model.backbone.output_stride = 32: too coarse for masks; use 8 or 16")
+        if self.affinity is not None:
+            self._affinity_fits()
+        if self.cams.output_stride is not None:
+            check_output_stride(self.classifier.backbone.name, self.cams.output_stride, "cams.output_stride")
         return self
+
+    def _affinity_fits(self) -> None:
+        """The walk spreads maps of whole images over a background."""
+        if self.prepare.tiles is not None:
+            raise ValueError(
+                "[affinity] with prepare.tiles: the affinity net and its walk work on whole images; "
+                "leave one of the two out"
+            )
+        if not getattr(self.prepare.source, "has_background", True):
+            raise ValueError(
+                "[affinity] with a source without background: the affinity net learns from background and its walk "
+                "has one; leave [affinity] out"
+            )
 
     def for_round(self, round_index: int) -> Experiment:
         """The settings of one round: this experiment with the overrides of [round.N] applied.
@@ -213,8 +248,11 @@ def _worded(error: ValidationError, origin: str, prefix: str) -> str:
 def _without_union_tag(location: tuple[str | int, ...]) -> list[str | int]:
     """pydantic puts the tag of the union of sources into the location; it is no key of the config."""
     parts = list(location)
-    if parts[:2] == ["prepare", "source"] and len(parts) > 2 and parts[2] in ("voc", "folders", "table", "glas"):
+    sources = ("voc", "coco", "folders", "table", "glas")
+    if parts[:2] == ["prepare", "source"] and len(parts) > 2 and parts[2] in sources:
         del parts[2]
+    if parts[:1] == ["affinity"] and len(parts) > 1 and parts[1] in ("psa", "irn"):
+        del parts[1]
     return parts
 
 

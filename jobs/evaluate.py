@@ -19,6 +19,7 @@ from cluster.tracking import ChildRun
 from jobs.context import StageContext, complete, stream_stats
 from jobs.make_cams import COLUMNS, read_truth
 from jobs.manifest import Manifest
+from jobs.protocol import TAGS, Protocol
 from jobs.scoring import SplitConfusions, baseline_scores, confusion_scores
 from jobs.train_segmenter import trained_px
 from subcat_core.classes import ClassTable
@@ -66,8 +67,16 @@ class EvaluateWorker:
         return ShardOutput(table=None, bad=bad, stats=stats, num_rows=num_scored)
 
 
-def run(context: StageContext, manifest: Manifest, predictions: Artifact) -> Artifact:
-    """Scores of the run's predictions, by split."""
+def run(
+    context: StageContext,
+    manifest: Manifest,
+    predictions: Artifact,
+    *,
+    name: str = "evaluation",
+    stage: str = "evaluate",
+    supervision: str = TAGS,
+) -> Artifact:
+    """Scores of the run's predictions, by split. name: the folder to write. supervision: for the protocol."""
     experiment = context.experiment
     splits = experiment.predict.splits
     shards = [shard.name for shard in manifest.shards if shard.split in splits and shard.num_masks]
@@ -75,7 +84,7 @@ def run(context: StageContext, manifest: Manifest, predictions: Artifact) -> Art
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
         total = sum(shard.num_rows for shard in manifest.shards if shard.name in shards)
         confusions = SplitConfusions(manifest)
-        with context.progress.stage("evaluate", total=total, unit="images") as bar:
+        with context.progress.stage(stage.replace("_", " "), total=total, unit="images") as bar:
             summaries = map_shards(
                 EvaluateWorker,
                 {"classes": manifest.classes},
@@ -85,32 +94,37 @@ def run(context: StageContext, manifest: Manifest, predictions: Artifact) -> Art
                 output=artifact.folder,
                 settings=experiment.stream.model_copy(update={"gpus_per_actor": 0.0}),
                 bar=bar,
-                stage="evaluate",
+                stage=stage,
                 fold=confusions.add,
             )
         background = "background and " if manifest.classes.has_background else ""
-        protocol = {
-            "masks": experiment.evaluation.masks,
-            "tags": "not used: the segmenter sees the image alone",
-            "threshold": f"none: argmax over {background}all classes",
-            "crf": "no" if experiment.predict.crf is None else experiment.predict.crf.model_dump(mode="json"),
-            "scales": list(experiment.predict.scales),
-            "flip": experiment.predict.flip,
-            "base_px": experiment.predict.base_px or trained_px(experiment.segmenter),
-            "windows": experiment.predict.windows_text(),
-            "weights": experiment.segmenter.model.backbone.weights,
-            "rng_seed": experiment.rng_seed,
-            **experiment.prepare.protocol(),
-        }
+        protocol = Protocol(
+            supervision=supervision,
+            masks=experiment.evaluation.masks,
+            tags="not used: the segmenter sees the image alone",
+            threshold=f"none: argmax over {background}all classes",
+            crf=experiment.predict.crf,
+            scales=experiment.predict.scales,
+            flip=experiment.predict.flip,
+            base_px=experiment.predict.base_px or trained_px(experiment.segmenter),
+            weights=experiment.segmenter.model.backbone.weights,
+            rng_seed=experiment.rng_seed,
+            details={
+                "merge": experiment.predict.merge,
+                "windows": experiment.predict.windows_text(),
+                **experiment.prepare.protocol(),
+            },
+        ).to_json()
+        child.log_params({f"protocol.{key}": value for key, value in protocol.items()})
         scores = evaluation_scores(confusions.by_split, protocol, manifest.classes)
         artifact.folder.write_json("scores.json", scores)
-        child.log_metrics({f"evaluate/miou_{split}": score["miou"] for split, score in scores["splits"].items()})
+        child.log_metrics({f"{stage}/miou_{split}": score["miou"] for split, score in scores["splits"].items()})
         return stream_stats(summaries)
 
     return complete(
         context,
-        name="evaluation",
-        stage="evaluate",
+        name=name,
+        stage=stage,
         inputs={
             "settings": experiment.evaluation.model_dump(mode="json"),
             "splits": list(splits),

@@ -1,32 +1,52 @@
-"""CAM -> background score -> dense CRF -> pseudo mask, in one stream: nothing at full resolution is kept but the masks.
+"""CAM -> [random walk] -> background score -> dense CRF -> pseudo mask, in one stream: only masks are kept.
 
-Reads:   manifest (train), CAMs of the last round
+Reads:   manifest (train), CAMs of the chosen round, with [affinity] the affinity net
 Writes:  pseudo_masks: png/<image_id>.png (indexed, with palette), part-*.parquet (schema MASKS); scores.json
-Runs on: a fixed pool of Ray Data actors on CPUs, a shard at a time; in process with stream.num_actors = 0
+Runs on: a fixed pool of Ray Data actors, a shard at a time, on CPUs, but for the net; in process with
+         stream.num_actors = 0
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from cluster.artifacts import Artifact
 from cluster.storage import MissingFileError, Storage
 from cluster.streams import BadRow, ShardOutput, ShardSummary, iter_images, map_shards
 from cluster.tracking import ChildRun
+from jobs.affinity_settings import AffinitySettingsOfAKind
 from jobs.context import StageContext, complete, stream_stats
 from jobs.make_cams import COLUMNS, read_cams, read_truth
 from jobs.manifest import Manifest
+from jobs.protocol import TAGS, Protocol
 from jobs.scoring import SplitConfusions, baseline_scores, confusion_scores
 from jobs.tile_images import TILE_COLUMNS
 from jobs.tile_masks import TileMaskWorker
+from jobs.train_affinity import load_affinity
 from subcat_core import schemas
+from subcat_core.affinity_net import AffinityNet
+from subcat_core.affinity_walk import (
+    IrnWalkSettings,
+    PsaWalkSettings,
+    WalkedScores,
+    walk_by_boundaries,
+    walk_by_features,
+)
 from subcat_core.classes import ClassTable
 from subcat_core.images import ImageError, encode_mask
 from subcat_core.metrics import ConfusionMatrix
-from subcat_core.pseudo_mask import PseudoMaskSettings, make_pseudo_mask
+from subcat_core.pseudo_mask import (
+    PseudoMask,
+    PseudoMaskSettings,
+    labels_of_scores,
+    make_pseudo_mask,
+    mask_of_scores,
+)
 from subcat_core.settings import Settings
 
 
@@ -34,19 +54,42 @@ class PseudoMaskStageSettings(Settings):
     """How maps become masks."""
 
     mask: PseudoMaskSettings = PseudoMaskSettings()
+    """With [affinity], the walk brings its own background (affinity.walk), and the one named here is not used."""
+
+
+CONFUSIONS = {"confusion": "", "confusion_before_walk": "before_walk", "confusion_before_crf": "before_crf"}
+"""Matrices of a shard, and where their scores stand in scores.json below the split ("": the pseudo masks' own)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedAffinity:
+    """Where the trained net is, and its settings."""
+
+    folder: Storage
+    settings: AffinitySettingsOfAKind
 
 
 class PseudoMaskWorker:
     """One actor: turns a CAM shard into PNG files and their index."""
 
-    def __init__(self, *, output: Storage, classes: ClassTable, settings: PseudoMaskStageSettings) -> None:
+    def __init__(
+        self,
+        *,
+        output: Storage,
+        classes: ClassTable,
+        settings: PseudoMaskStageSettings,
+        affinity: TrainedAffinity | None = None,
+    ) -> None:
         self.output = output
         self.classes = classes
         self.settings = settings
+        self.affinity = affinity
+        self.device = torch.device("cuda" if affinity is not None and torch.cuda.is_available() else "cpu")
+        self.net = None if affinity is None else load_affinity(affinity.folder, affinity.settings).to(self.device)
 
     def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
         cams = read_cams(inputs["cams"])
-        confusion = ConfusionMatrix(self.classes.num_classes)
+        confusions = {key: ConfusionMatrix(self.classes.num_classes) for key in confusion_keys(self.affinity)}
         num_scored = 0
         bad: list[BadRow] = []
         made: list[dict[str, Any]] = []
@@ -58,13 +101,7 @@ class PseudoMaskWorker:
                 bad.append(BadRow(row["image_id"], row["uri"], "no CAM was made for this image; see make_cams"))
                 continue
             class_indices, cam = cams[row["image_id"]]
-            pseudo = make_pseudo_mask(
-                cam.astype(np.float32),
-                class_indices,
-                image,
-                self.settings.mask,
-                has_background=self.classes.has_background,
-            )
+            pseudo, walked = self._mask(cam.astype(np.float32), class_indices, image)
             name = f"png/{row['image_id']}.png"
             self.output.write_bytes(name, encode_mask(pseudo.mask, self.classes.flat_palette()))
             made.append(
@@ -83,36 +120,82 @@ class PseudoMaskWorker:
                 except (ImageError, MissingFileError) as error:
                     bad.append(BadRow(row["image_id"], row["mask_uri"], str(error)))
                     continue
-                confusion.update(pseudo.labels, truth)
+                maps = {"confusion": pseudo.labels, "confusion_before_walk": pseudo.labels}
+                maps["confusion_before_crf"] = pseudo.labels  # an image without tags is background all along
+                if walked is not None:
+                    maps["confusion_before_walk"] = labels_of_scores(walked.before, class_indices)
+                    maps["confusion_before_crf"] = labels_of_scores(walked.after, class_indices)
+                for key, confusion in confusions.items():
+                    confusion.update(maps[key], truth)
                 num_scored += 1
         stats = {
-            "confusion": confusion.to_json(),
+            **{key: confusion.to_json() for key, confusion in confusions.items()},
             "num_scored": num_scored,
             "coverage": float(np.sum([row["coverage_frac"] for row in made])),
             "ignored": float(np.sum([row["ignore_frac"] for row in made])),
         }
         return ShardOutput(pa.Table.from_pylist(made, schemas.MASKS), bad=bad, stats=stats, num_rows=len(made))
 
+    def _mask(
+        self, cam: np.ndarray, class_indices: list[int], image: np.ndarray
+    ) -> tuple[PseudoMask, WalkedScores | None]:
+        """The pseudo mask, and the scores around the walk where there was one."""
+        if self.affinity is None or not class_indices:
+            has_background = self.classes.has_background
+            return make_pseudo_mask(cam, class_indices, image, self.settings.mask, has_background=has_background), None
+        walk = self.affinity.settings.walk
+        if isinstance(self.net, AffinityNet):
+            assert isinstance(walk, PsaWalkSettings)
+            walked = walk_by_features(self.net, cam, image, walk, self.device)
+        else:
+            assert self.net is not None
+            assert isinstance(walk, IrnWalkSettings)
+            walked = walk_by_boundaries(self.net, cam, image, walk, self.device)
+        return mask_of_scores(walked.after, class_indices, image, self.settings.mask), walked
 
-def run(context: StageContext, manifest: Manifest, cams: Artifact, tiles: Manifest | None = None) -> Artifact:
-    """Pseudo masks of the train split. tiles: of the manifest's images, where the CAMs are theirs (tile_masks.py)."""
-    settings = context.experiment.pseudo_masks
+
+def confusion_keys(affinity: object | None) -> list[str]:
+    """Which matrices a shard has; with a walk, also those of the maps before it and of its result before the CRF."""
+    return ["confusion"] if affinity is None else list(CONFUSIONS)
+
+
+def run(
+    context: StageContext,
+    manifest: Manifest,
+    cams: Artifact,
+    mask: PseudoMaskSettings,
+    affinity: Artifact | None = None,
+    tiles: Manifest | None = None,
+) -> Artifact:
+    """Pseudo masks of the train split. context: with the settings of the chosen round. mask: as choose_round has it.
+
+    affinity: of `train_affinity`, where there is [affinity]. tiles: of the manifest's images, where the CAMs are theirs
+    (tile_masks.py); there is no [affinity] then.
+    """
+    settings = context.experiment.pseudo_masks.model_copy(update={"mask": mask})
+    of_net = context.experiment.affinity
+    trained = None if affinity is None or of_net is None else TrainedAffinity(affinity.folder, of_net)
     cut = context.experiment.prepare.segmenter_sees_tiles
+    stream = context.experiment.stream
+    if trained is None:
+        stream = stream.model_copy(update={"gpus_per_actor": 0.0})
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
-        confusions, areas = SplitConfusions(manifest), {"coverage": 0.0, "ignored": 0.0}
+        confusions = {key: SplitConfusions(manifest, key) for key in confusion_keys(trained)}
+        areas = {"coverage": 0.0, "ignored": 0.0}
 
         def fold(summary: ShardSummary) -> None:
-            confusions.add(summary)
+            for of_kind in confusions.values():
+                of_kind.add(summary)
             for key in areas:
                 areas[key] += summary.stats[key]
 
         with context.progress.stage("make pseudo masks", total=manifest.num_rows("train"), unit="images") as bar:
             inputs = {"manifest": manifest.folder}
-            options: dict[str, Any] = {"settings": settings}
+            options: dict[str, Any] = {"settings": settings, "affinity": trained}
             if tiles is not None:
                 inputs = {"images": manifest.folder, "manifest": tiles.folder}
-                options = {"settings": settings.mask, "cut": cut}
+                options = {"settings": mask, "cut": cut}
             summaries = map_shards(
                 PseudoMaskWorker if tiles is None else TileMaskWorker,
                 {"output": artifact.folder, "classes": manifest.classes, **options},
@@ -120,7 +203,7 @@ def run(context: StageContext, manifest: Manifest, cams: Artifact, tiles: Manife
                 columns={"manifest": COLUMNS if tiles is None else [*COLUMNS, *TILE_COLUMNS], "images": COLUMNS},
                 shards=(tiles or manifest).shard_names("train"),
                 output=artifact.folder,
-                settings=context.experiment.stream.model_copy(update={"gpus_per_actor": 0.0}),
+                settings=stream,
                 bar=bar,
                 stage="make_pseudo_masks",
                 fold=fold,
@@ -129,40 +212,63 @@ def run(context: StageContext, manifest: Manifest, cams: Artifact, tiles: Manife
         num_made = max(stats["num_images"], 1)
         stats["coverage_frac"] = areas["coverage"] / num_made
         stats["ignore_frac"] = areas["ignored"] / num_made
-        mask = settings.mask
-        protocol = {
-            "masks": "argmax of the pseudo masks against annotated masks, before low confidence becomes 255",
-            "tags": "used: only the tagged classes compete",
-            "background": _background(mask) if manifest.classes.has_background else "none: every pixel has a class",
-            "crf": "no" if mask.crf is None else mask.crf.model_dump(mode="json"),
-            "min_confidence": mask.min_confidence,
-            "rng_seed": context.experiment.rng_seed,
-            **context.experiment.prepare.protocol(),
-        }
+        details: dict[str, Any] = {"min_confidence": mask.min_confidence, **context.experiment.prepare.protocol()}
+        if trained is not None:
+            details["random_walk"] = {"kind": trained.settings.kind, **trained.settings.walk.model_dump(mode="json")}
+            details["before_walk"] = "argmax of the CAMs against the walk's background"
+            details["before_crf"] = "argmax of what the walk gives"
+        background = f" and background {_background(mask, trained)}" if manifest.classes.has_background else " alone"
+        protocol = Protocol(
+            supervision=TAGS,
+            masks=context.experiment.evaluation.masks,
+            tags="used: only the tagged classes compete",
+            threshold=f"argmax over the tagged classes{background}, before 255 is set",
+            crf=mask.crf,
+            scales=context.experiment.cams.cam.scales,
+            flip=context.experiment.cams.cam.flip,
+            base_px=context.experiment.cams.cam.base_px,
+            weights=context.experiment.classifier.backbone.weights,
+            rng_seed=context.experiment.rng_seed,
+            details=details,
+        ).to_json()
+        child.log_params({f"protocol.{key}": value for key, value in protocol.items()})
         splits = {
             split: {
                 **confusion_scores(confusion, num_scored),
                 **baseline_scores(confusion, num_scored, manifest.classes),
             }
-            for split, (confusion, num_scored) in confusions.by_split.items()
+            for split, (confusion, num_scored) in confusions["confusion"].by_split.items()
         }
+        for key, of_kind in confusions.items():
+            for split, (confusion, num_scored) in of_kind.by_split.items():
+                if CONFUSIONS[key]:
+                    splits[split][CONFUSIONS[key]] = confusion_scores(confusion, num_scored)
         artifact.folder.write_json("scores.json", {"protocol": protocol, "splits": splits})
-        child.log_metrics({f"make_pseudo_masks/miou_{split}": score["miou"] for split, score in splits.items()})
+        for split, score in splits.items():
+            steps = {f"_{step}": score[step] for step in CONFUSIONS.values() if step in score}
+            values = {name: told["miou"] for name, told in {"": score, **steps}.items()}
+            child.log_metrics({f"make_pseudo_masks/miou_{split}{name}": value for name, value in values.items()})
         return stats
 
-    return complete(
-        context,
-        name="pseudo_masks",
-        stage="make_pseudo_masks",
-        inputs={
-            "settings": settings.model_dump(mode="json"),
-            "manifest": manifest.fingerprint,
-            "cams": cams.output_fingerprint,
-            **({"masks_of_tiles": True} if cut else {}),
-        },
-        work=work,
-    )
+    inputs: dict[str, Any] = {
+        "settings": settings.model_dump(mode="json"),
+        "manifest": manifest.fingerprint,
+        "cams": cams.output_fingerprint,
+    }
+    if affinity is not None and of_net is not None:  # a key of its own, so that runs without stay as they are
+        inputs["affinity"] = {"net": affinity.output_fingerprint, "walk": of_net.walk.model_dump(mode="json")}
+    if cut:
+        inputs["masks_of_tiles"] = True
+    return complete(context, name="pseudo_masks", stage="make_pseudo_masks", inputs=inputs, work=work)
 
 
-def _background(mask: PseudoMaskSettings) -> str:
-    return f"(1 - max)^{mask.alpha}" if mask.background == "power" else f"constant {mask.background_score}"
+def _background(mask: PseudoMaskSettings, trained: TrainedAffinity | None) -> str:
+    """The background score in words."""
+    if trained is not None:
+        walk = trained.settings.walk
+        return (
+            f"(1 - max)^{walk.alpha}, walks along"
+            if isinstance(walk, PsaWalkSettings)
+            else (f"constant {walk.background_score}, beside the walk's result")
+        )
+    return f"(1 - max)^{mask.alpha:.3g}" if mask.background == "power" else f"constant {mask.background_score:.3g}"

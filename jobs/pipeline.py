@@ -2,11 +2,15 @@
 
     prepare -> [cut_tiles]
     round 0..R:  train_classifier -> make_cams (score) and, but for the last round, extract_features -> cluster_features
-    make_pseudo_masks -> train_segmenter -> predict -> evaluate -> report
+    choose_round -> make_train_cams -> [make_affinity_labels -> train_affinity ->] make_pseudo_masks -> train_segmenter
+    -> predict -> evaluate -> [[cut_supervised_masks ->] train_supervised -> predict_supervised -> evaluate_supervised
+    ->] report
+
+Stages in brackets run where the config has their section.
 
 With tiles, the rounds see tiles in place of images, and pseudo masks are of whole images again.
 Every classifier starts from the pretrained weights again; a round hands on only its sub-categories. The last round
-makes none, for nothing would use them.
+makes none, for nothing would use them. Pseudo masks come from the round that choose_round keeps.
 """
 
 from __future__ import annotations
@@ -18,17 +22,22 @@ from typing import TYPE_CHECKING
 
 from cluster.artifacts import Artifact
 from jobs import (
+    choose_round,
     cluster_features,
     cut_tiles,
     evaluate,
     extract_features,
+    make_affinity_labels,
     make_cams,
     make_pseudo_masks,
     predict,
     prepare,
     report,
+    supervised_tiles,
+    train_affinity,
     train_classifier,
     train_segmenter,
+    train_supervised,
 )
 from jobs.context import StageContext, round_folder
 from jobs.manifest import Manifest, open_manifest
@@ -61,14 +70,25 @@ def plan(experiment: Experiment) -> list[StagePlan]:
         if index < experiment.rounds:
             steps.append(StagePlan("extract_features", index, round_folder(index, "features")))
             steps.append(StagePlan("cluster_features", index, round_folder(index, "subcategories")))
+    steps.append(StagePlan("choose_round", None, choose_round.FOLDER))
+    steps.append(StagePlan("make_train_cams", None, "cams"))
+    if experiment.affinity is not None:
+        steps.append(StagePlan("make_affinity_labels", None, "affinity_labels"))
+        steps.append(StagePlan("train_affinity", None, "affinity"))
     steps += [
         StagePlan("make_pseudo_masks", None, "pseudo_masks"),
         StagePlan("train_segmenter", None, "segmenter"),
         StagePlan("predict", None, "predictions"),
         StagePlan("evaluate", None, "evaluation"),
-        StagePlan("report", None, "report"),
     ]
-    return steps
+    if experiment.supervised is not None:
+        folder = train_supervised.FOLDER
+        if experiment.prepare.segmenter_sees_tiles:
+            steps.append(StagePlan(supervised_tiles.STAGE, None, supervised_tiles.FOLDER))
+        steps.append(StagePlan("train_supervised", None, f"{folder}/segmenter"))
+        steps.append(StagePlan("predict_supervised", None, f"{folder}/predictions"))
+        steps.append(StagePlan("evaluate_supervised", None, f"{folder}/evaluation"))
+    return [*steps, StagePlan("report", None, "report")]
 
 
 STAGES = (
@@ -78,10 +98,18 @@ STAGES = (
     "make_cams",
     "extract_features",
     "cluster_features",
+    "choose_round",
+    "make_train_cams",
+    "make_affinity_labels",
+    "train_affinity",
     "make_pseudo_masks",
     "train_segmenter",
     "predict",
     "evaluate",
+    "cut_supervised_masks",
+    "train_supervised",
+    "predict_supervised",
+    "evaluate_supervised",
     "report",
 )
 
@@ -90,7 +118,9 @@ def run(context: StageContext, last_stage: str | None = None) -> None:
     """Run every stage in order, skipping what is complete; stop after the last occurrence of `last_stage`."""
     names = [step.stage for step in plan(context.experiment)]
     if last_stage is not None and last_stage not in names:
-        raise ValueError(f"--stage {last_stage}: this run has no such stage; its stages are {', '.join(names)}")
+        raise ValueError(
+            f"--stage {last_stage}: this config has no such stage; it has {', '.join(dict.fromkeys(names))}"
+        )
     num_steps = len(names) if last_stage is None else len(names) - names[::-1].index(last_stage)
     config = context.experiment.model_dump(mode="json")
     if not context.storage.exists(CONFIG):
@@ -125,19 +155,21 @@ def _run_stages(context: StageContext) -> Iterator[str]:
     _check_splits(context.experiment, manifest)
     yield "prepare"
 
-    tiles, seen, images = None, manifest, None  # seen: by the rounds
+    tiles: Manifest | None = None
     if context.experiment.prepare.tiles is not None:
-        tiles = seen = cut_tiles.run(context, manifest)
-        images = manifest
+        tiles = cut_tiles.run(context, manifest)
         yield "cut_tiles"
+    seen, images = (manifest, None) if tiles is None else (tiles, manifest)  # seen: by the rounds
 
     subcategories: Artifact | None = None
+    classifiers, cams = [], []
     for round_index in range(context.experiment.rounds + 1):
         last = round_index == context.experiment.rounds
         in_round = context.for_round(round_index)
         classifier = train_classifier.run(in_round, seen, round_index, subcategories)
+        classifiers.append(classifier)
         yield "train_classifier"
-        cams = make_cams.run(in_round, seen, round_index, classifier, last=last, images=images)
+        cams.append(make_cams.run(in_round, seen, round_index, classifier, images))
         yield "make_cams"
         if not last:
             features = extract_features.run(in_round, seen, round_index, classifier)
@@ -145,7 +177,18 @@ def _run_stages(context: StageContext) -> Iterator[str]:
             subcategories = cluster_features.run(in_round, seen, round_index, features)
             yield "cluster_features"
 
-    pseudo_masks = make_pseudo_masks.run(context, manifest, cams, tiles)
+    choice = choose_round.run(context, seen, cams)
+    yield "choose_round"
+    chosen = context.for_round(choice.round_index)
+    train_cams = make_cams.run_train(chosen, seen, choice.round_index, classifiers[choice.round_index])
+    yield "make_train_cams"
+    affinity: Artifact | None = None
+    if context.experiment.affinity is not None:
+        labels = make_affinity_labels.run(chosen, manifest, train_cams)
+        yield "make_affinity_labels"
+        affinity = train_affinity.run(chosen, manifest, labels)
+        yield "train_affinity"
+    pseudo_masks = make_pseudo_masks.run(chosen, manifest, train_cams, choice.mask, affinity, tiles)
     yield "make_pseudo_masks"
     on_tiles = tiles if context.experiment.prepare.segmenter_sees_tiles else None
     segmenter = train_segmenter.run(context, manifest, pseudo_masks, on_tiles)
@@ -154,5 +197,16 @@ def _run_stages(context: StageContext) -> Iterator[str]:
     yield "predict"
     evaluate.run(context, manifest, predictions)
     yield "evaluate"
+    if context.experiment.supervised is not None:
+        tile_masks: Artifact | None = None
+        if on_tiles is not None:
+            tile_masks = supervised_tiles.run(context, manifest, on_tiles)
+            yield supervised_tiles.STAGE
+        segmenter = train_supervised.train(context, manifest, pseudo_masks, on_tiles, tile_masks)
+        yield "train_supervised"
+        predictions = train_supervised.predict_masks(context, manifest, segmenter)
+        yield "predict_supervised"
+        train_supervised.score(context, manifest, predictions)
+        yield "evaluate_supervised"
     report.run(context)
     yield "report"

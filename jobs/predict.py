@@ -8,7 +8,7 @@ Runs on: a fixed pool of Ray Data actors, a shard at a time; in process with str
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -41,20 +41,24 @@ class PredictSettings(Settings):
     splits: tuple[str, ...] = ("val",)
     """Splits of the manifest that `run` predicts and evaluates; those it does not have are left out."""
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1.0,), min_length=1)
-    """Sizes that the image is looked at, as factors; class probabilities are averaged. Each costs a pass."""
+    """Sizes that the image is looked at, as factors. Each costs a pass."""
+    merge: Literal["mean", "max"] = "mean"
+    """mean: class probabilities are averaged over scales and mirrored images. max: the largest logit counts, at the
+    size of the first scale's logits (deeplab-pytorch: scales 1, 0.5, 0.75, without flip)."""
     flip: bool = True
     """Look at each scale mirrored as well: twice the time."""
     base_px: int | None = Field(default=None, ge=16)
-    """Short side the images are brought to before scaling; None: the middle of the training sizes. Masks come back at
-    the image's own size. With windows: the short side that a window is brought to."""
+    """Short side the images are brought to before scaling; None: the middle of the training sizes, or the image's own
+    size where training drew factors of it. Masks come back at the image's own size. With windows: the short side that
+    a window is brought to."""
     window_px: int | None = Field(default=None, ge=16)
     """Look at an image through windows of this side, in its own pixels, and average class probabilities where they
     overlap; bounds memory for large images, which are then read one at a time. None: the whole image at once."""
     window_stride_px: int | None = Field(default=None, ge=1)
     """Steps between windows; None: half a window."""
     crf: CrfSettings | None = None
-    """Dense CRF on the averaged probabilities, with windows on each of them; none: the network alone decides. The model
-    in MLflow never has one."""
+    """Dense CRF on the probabilities, with windows on those of each; none: the network alone decides. The model in
+    MLflow never has one."""
 
     @model_validator(mode="after")
     def _windows_fit(self) -> PredictSettings:
@@ -122,6 +126,7 @@ class PredictWorker:
         settings = self.settings
         options: dict[str, Any] = {
             "scales": settings.scales,
+            "merge": settings.merge,
             "flip": settings.flip,
             "base_px": self.base_px,
             "background": self.classes.has_background,
@@ -134,14 +139,23 @@ class PredictWorker:
         return predict_windows(self.model, image, self.classes.num_classes, **windows, **options)
 
 
-def run(context: StageContext, manifest: Manifest, segmenter: Artifact) -> Artifact:
-    """Predict the splits of the run that the manifest has."""
+def run(
+    context: StageContext,
+    manifest: Manifest,
+    segmenter: Artifact,
+    *,
+    name: str = "predictions",
+    stage: str = "predict",
+) -> Artifact:
+    """Predict the splits of the run that the manifest has. name: the folder to write."""
     settings = context.experiment.predict
+    # Younger than runs that are there: without windows they count for nothing.
+    without_windows = {"window_px", "window_stride_px"} if settings.window_px is None else set()
     shards = sorted({name for split in settings.splits for name in manifest.shard_names(split)})
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
         total = sum(shard.num_rows for shard in manifest.shards if shard.name in shards)
-        with context.progress.stage("predict", total=total, unit="images") as bar:
+        with context.progress.stage(stage.replace("_", " "), total=total, unit="images") as bar:
             summaries = map_shards(
                 PredictWorker,
                 {"segmenter": segmenter.folder, "output": artifact.folder, "settings": settings},
@@ -151,16 +165,16 @@ def run(context: StageContext, manifest: Manifest, segmenter: Artifact) -> Artif
                 output=artifact.folder,
                 settings=context.experiment.stream,
                 bar=bar,
-                stage="predict",
+                stage=stage,
             )
         return stream_stats(summaries)
 
     return complete(
         context,
-        name="predictions",
-        stage="predict",
+        name=name,
+        stage=stage,
         inputs={
-            "settings": settings.model_dump(mode="json"),
+            "settings": settings.model_dump(mode="json", exclude=without_windows),
             "manifest": manifest.fingerprint,
             "segmenter": segmenter.output_fingerprint,
         },

@@ -1,7 +1,8 @@
 """Make the manifest: import what the data set's own layout says, then read every image and mask once.
 
-Reads:   prepare.source: a VOC layout, a folder per class, or a CSV or Parquet table; all images and masks
-Writes:  manifest: part-*.parquet (schema MANIFEST, one split each), classes.json, shards.json, quarantine.parquet
+Reads:   prepare.source: a VOC layout, COCO's JSON, GlaS, a folder per class, a CSV or Parquet table; images and masks
+Writes:  manifest: part-*.parquet (schema MANIFEST, one split each), classes.json, shards.json, quarantine.parquet;
+         masks/<image_id>.png where the source has outlines (COCO) and no mask files
 Runs on: the driver for the import; a fixed pool of Ray Data actors for the images, a shard at a time; in process with
          stream.num_actors = 0
 """
@@ -27,17 +28,30 @@ from cluster.tracking import ChildRun
 from jobs.context import StageContext, complete, stream_stats
 from jobs.cut_tiles import TileSettings
 from jobs.importers import ImportSource, Source, open_source, problems
+from jobs.importers.coco_masks import Drawing
 from jobs.importers.problems import Problem, ProblemLog, format_problems
 from jobs.importers.rows import ImportRow, RowCounts, check_counts, checked_rows
 from jobs.manifest import FOLDER, MARKER, QUARANTINE, ShardEntry, write_index, write_shards
 from subcat_core import schemas
 from subcat_core.classes import ClassTable
-from subcat_core.images import MAX_PIXELS, ImageError, MaskValueError, decode_image, decode_mask, read_size
+from subcat_core.images import (
+    MAX_PIXELS,
+    ImageError,
+    MaskValueError,
+    decode_image,
+    decode_mask,
+    encode_mask,
+    read_size,
+)
 from subcat_core.settings import Settings
 
 RAW = "raw"
-# What the import knows of a row; the place it is listed at, for `validate`, is not kept in the manifest.
-RAW_SCHEMA = schemas.MANIFEST.append(pa.field("file", pa.string())).append(pa.field("row", pa.int64()))
+MASKS = "masks"
+# What the import knows of a row. Not kept in the manifest: the place it is listed at, for `validate`, and what its mask
+# is drawn from.
+RAW_SCHEMA = pa.schema(
+    [*schemas.MANIFEST, pa.field("file", pa.string()), pa.field("row", pa.int64()), pa.field("drawing", pa.string())]
+)
 _IMPORTED = "imported.json"
 _MAX_SHOWN = 20
 _THREADS = 4
@@ -80,16 +94,25 @@ class PrepareSettings(Settings):
 class CheckWorker:
     """One actor: reads the images and masks of a shard, fills in their sizes, and tells which are bad and why.
 
-    mode: "exists" asks only whether the files are there. Its table has schemas.MANIFEST, good rows only; reasons start
-    with the rule; stats: class_counts (C), num_masks, digest of the rows, and places (file, row) of the bad ones.
+    mode: "exists" asks only whether the files are there. masks: where masks drawn from outlines go; None draws none.
+    Its table has schemas.MANIFEST, good rows only; reasons start with the rule; stats: class_counts (C), num_masks,
+    digest of the rows, and places (file, row) of the bad ones.
     """
 
     def __init__(
-        self, *, classes: ClassTable, mode: CheckMode, max_pixels: int = MAX_PIXELS, num_threads: int = _THREADS
+        self,
+        *,
+        classes: ClassTable,
+        mode: CheckMode,
+        masks: Storage | None = None,
+        max_pixels: int = MAX_PIXELS,
+        num_threads: int = _THREADS,
     ) -> None:
         self.num_classes = classes.num_classes
         self.lut = classes.mask_lut()
+        self.palette = classes.flat_palette()
         self.mode = mode
+        self.masks = masks
         self.max_pixels = max_pixels
         self.num_threads = num_threads
 
@@ -115,7 +138,7 @@ class CheckWorker:
         return ShardOutput(table, bad=bad, stats=stats, num_rows=table.num_rows)
 
     def _size_or_problem(self, row: dict[str, Any]) -> tuple[int | None, int | None] | Problem:
-        """(height, width) of the image, or the first thing that is wrong with its files.
+        """(height, width) of the image, or the first thing that is wrong with its files; draws its mask.
 
         StorageError where the storage itself fails: that says nothing of the image.
         """
@@ -133,7 +156,21 @@ class CheckWorker:
         except ImageError as error:
             return Problem(problems.BAD_IMAGE, f"{row['uri']}: {error}")
         problem = self._mask_problem(row["mask_uri"], size) if row["mask_uri"] else None
+        if row.get("drawing"):
+            problem = self._draw_mask(row, size)
         return problem or (size[0], size[1])
+
+    def _draw_mask(self, row: dict[str, Any], size: tuple[int, ...]) -> Problem | None:
+        """Fills in mask_uri. A shard that is done again writes the same files again."""
+        drawing = Drawing.from_json(row["drawing"])
+        if (drawing.height, drawing.width) != tuple(size):
+            listed = f"{row['file']} says {drawing.height} x {drawing.width} px"
+            return Problem(problems.MASK_SIZE, f"{row['uri']}: {listed}, the image has {size[0]} x {size[1]}")
+        if self.masks is not None:
+            name = f"{row['image_id']}.png"
+            self.masks.write_bytes(name, encode_mask(drawing.render(), self.palette))
+            row["mask_uri"] = self.masks.uri(name)
+        return None
 
     def _mask_problem(self, uri: str, size: tuple[int, ...]) -> Problem | None:
         try:
@@ -160,10 +197,12 @@ def run(context: StageContext) -> Artifact:
     """
     settings = context.experiment.prepare
     source = open_source(settings.source)
-    inputs = {
+    inputs: dict[str, Any] = {
         "settings": settings.model_dump(mode="json", exclude={"max_bad_frac", "tiles"}),
         "lists": dict(source.fingerprints),
     }
+    if inputs["settings"]["source"].get("has_background"):  # younger than manifests that are there
+        del inputs["settings"]["source"]["has_background"]
     if settings.tiles is not None:  # what else they say is of cut_tiles
         inputs["settings"] |= {"max_image_px": settings.tiles.max_image_px, "needs_tags": settings.needs_tags}
     _forget_unfinished(context.storage, inputs)
@@ -176,7 +215,12 @@ def run(context: StageContext) -> Artifact:
         with context.progress.stage("prepare", total=sum(shard.num_rows for shard in shards), unit="images") as bar:
             summaries = map_shards(
                 CheckWorker,
-                {"classes": source.classes, "mode": settings.decode, **settings.check_options()},
+                {
+                    "classes": source.classes,
+                    "mode": settings.decode,
+                    "masks": artifact.folder.child(MASKS),
+                    **settings.check_options(),
+                },
                 inputs={"raw": raw},
                 shards=[shard.name for shard in shards],
                 output=artifact.folder,

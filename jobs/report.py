@@ -135,11 +135,12 @@ def choose_examples(
 def headline_metrics(numbers: RunNumbers) -> dict[str, float | None]:
     """The scores of the run's end for its MLflow parent run: those by which runs are compared."""
     values: dict[str, float | None] = {}
-    if numbers.cams:
-        for split, score in numbers.cams[max(numbers.cams)]["splits"].items():
+    if numbers.final_round in numbers.cams:
+        for split, score in numbers.cams[numbers.final_round]["splits"].items():
             curve = {"best": score["best"], "015": score["fixed"]} if "best" in score else {"argmax": score}
             values |= {f"final/cam_miou_{split}_{kind}": part["miou"] for kind, part in curve.items()}
-    for name, scores in (("pseudo_mask", numbers.pseudo_masks), ("segmenter", numbers.evaluation)):
+    made = {"pseudo_mask": numbers.pseudo_masks, "segmenter": numbers.evaluation, "supervised": numbers.supervised}
+    for name, scores in made.items():
         for split, score in ((scores or {}).get("splits") or {}).items():
             values[f"final/{name}_miou_{split}"] = score["miou"]
     return values

@@ -18,10 +18,18 @@ _ROUND_STAGES = (
     ("cluster_features", "subcategories"),
 )
 _LAST_STAGES = (
+    ("choose_round", "choice"),
+    ("make_train_cams", "cams"),
+    ("make_affinity_labels", "affinity_labels"),
+    ("train_affinity", "affinity"),
     ("make_pseudo_masks", "pseudo_masks"),
     ("train_segmenter", "segmenter"),
     ("predict", "predictions"),
     ("evaluate", "evaluation"),
+    ("cut_supervised_masks", "supervised/masks"),
+    ("train_supervised", "supervised/segmenter"),
+    ("predict_supervised", "supervised/predictions"),
+    ("evaluate_supervised", "supervised/evaluation"),
 )
 
 
@@ -60,11 +68,23 @@ class RunNumbers:
     cams: dict[int, dict[str, Any]]
     classifiers: dict[int, dict[str, Any]]
     subcategories: dict[int, dict[str, Any]]
+    choice: dict[str, Any] | None
+    """choice.json: the round that was chosen and why."""
+    affinity: dict[str, Any] | None
     pseudo_masks: dict[str, Any] | None
     segmenter: dict[str, Any] | None
     evaluation: dict[str, Any] | None
+    supervised: dict[str, Any] | None
+    """Scores of the segmenter that full masks trained."""
     bad_images: list[BadImage]
     num_bad: int
+
+    @property
+    def final_round(self) -> int | None:
+        """The round that masks are made from; the last one so far where none is chosen yet; None before any."""
+        if self.choice is not None:
+            return int(self.choice["round_index"])
+        return max(self.cams, default=None)
 
     def stage(self, name: str, round_index: int | None = None) -> StageRecord | None:
         """The record of a stage, or None while it is not complete."""
@@ -85,9 +105,12 @@ def read_numbers(storage: Storage, manifest: Manifest, num_rounds: int, max_bad:
         cams=_by_round(storage, rounds, "cams/scores.json"),
         classifiers=_by_round(storage, rounds, "classifier/result.json"),
         subcategories=_by_round(storage, rounds, "subcategories/result.json"),
+        choice=read_optional(storage, "choice/choice.json"),
+        affinity=read_optional(storage, "affinity/result.json"),
         pseudo_masks=read_optional(storage, "pseudo_masks/scores.json"),
         segmenter=read_optional(storage, "segmenter/result.json"),
         evaluation=read_optional(storage, "evaluation/scores.json"),
+        supervised=read_optional(storage, "supervised/evaluation/scores.json"),
         bad_images=bad,
         num_bad=num_bad,
     )

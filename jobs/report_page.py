@@ -63,10 +63,12 @@ def cards(numbers: RunNumbers) -> str:
     for score, title in ((numbers.evaluation, "Segmenter"), (numbers.pseudo_masks, "Pseudo masks")):
         for split, of_split in ((score or {}).get("splits") or {}).items():
             extra = f"pixel accuracy {number(of_split.get('pixel_accuracy'))}"
+            if title == "Segmenter" and (full := ((numbers.supervised or {}).get("splits") or {}).get(split)):
+                extra = f"{of_split['miou'] / full['miou']:.0%} of the {number(full['miou'])} with full masks"
             told = f"{split}, {of_split['num_images']} images · {extra}"
             made.append(_card(f"{title} mIoU", number(of_split["miou"]), told, True))
-    if numbers.cams:
-        last = max(numbers.cams)
+    last = numbers.final_round
+    if last in numbers.cams:
         for split, of_split in numbers.cams[last]["splits"].items():
             if "best" not in of_split:
                 told = f"{split}, round {last}, largest map"
@@ -107,9 +109,35 @@ def scores_section(numbers: RunNumbers) -> str:
     parts = [_curves(numbers, split) for split in curved]
     if not splits and not _has_splits(numbers.pseudo_masks) and not _has_splits(numbers.evaluation):
         parts.append('<p class="soft">No image of this run has ground truth, so there is nothing to score.</p>')
-    parts += [_class_table(numbers), _protocols(numbers)]
+    parts += [_choice(numbers), _class_table(numbers), _protocols(numbers)]
     lead = "Intersection over union with annotated masks, background included; an image without a mask is not scored."
     return section("scores", "Scores", "".join(parts), lead)
+
+
+def _choice(numbers: RunNumbers) -> str:
+    """Which round the masks come from, and by what."""
+    if numbers.choice is None:
+        return ""
+    rows = []
+    for index, step in enumerate(numbers.choice["rounds"]):
+        compared = ""
+        if index:
+            verdict = "clearly better" if step["clearly_better"] else "not clearly better"
+            difference = f"{step['difference']:+.4f} ± {step['standard_error']:.4f}"
+            compared = f"{difference} against round {step['compared_with']}: {verdict}"
+        threshold = f"{step['threshold']:.2f}" if step["threshold"] >= 0 else ""  # below 0: no background, so none
+        rows.append([f"round {index}", compared, number(step["score"], 4), threshold])
+    for step in numbers.choice.get("background") or []:
+        value = step["alpha"] if numbers.choice["mask"]["background"] == "power" else step["background_score"]
+        name = "alpha" if numbers.choice["mask"]["background"] == "power" else "background"
+        rows.append([f"{name} {value:.2f}", "masks of a part of the sample", number(step["score"], 4), ""])
+    table_ = table(["", "", "score", "threshold"], rows, text_columns=2)
+    told = (
+        f'<p class="note">Masks are made from round {numbers.choice["round_index"]}. No ground truth was looked at; '
+        "the score asks whether maps decide, and whether their regions are regions of the picture, on a sample of the "
+        "train split.</p>"
+    )
+    return f"<h3>The choice, without ground truth</h3>{table_}{told}"
 
 
 def _has_splits(scores: Mapping[str, Any] | None) -> bool:
@@ -151,7 +179,7 @@ def _class_table(numbers: RunNumbers) -> str:
     for index, scores in sorted(numbers.cams.items()):
         for s, v in scores["splits"].items():
             columns.append((f"CAM, round {index}<br>{esc(s)}{', best' if 'best' in v else ''}", v.get("best", v)))
-    for title, scores_ in (("Pseudo masks", numbers.pseudo_masks), ("Segmenter", numbers.evaluation)):
+    for title, scores_ in _made_masks(numbers):
         columns += [(f"{title}<br>{esc(s)}", v) for s, v in ((scores_ or {}).get("splits") or {}).items()]
     for name, baseline in ((numbers.evaluation or {}).get("baselines") or {}).items():
         title = esc(name.replace("all_", "All ", 1))
@@ -172,6 +200,12 @@ def _class_table(numbers: RunNumbers) -> str:
     )
 
 
+def _made_masks(numbers: RunNumbers) -> list[tuple[str, dict[str, Any] | None]]:
+    """Titles and scores of what is scored as masks."""
+    made = [("Pseudo masks", numbers.pseudo_masks), ("Segmenter", numbers.evaluation)]
+    return [*made, ("Segmenter, full masks", numbers.supervised)]
+
+
 def heat(value: float | None) -> str:
     if value is None:
         return f'<td class="n">{NOTHING}</td>'
@@ -179,8 +213,8 @@ def heat(value: float | None) -> str:
 
 
 def _protocols(numbers: RunNumbers) -> str:
-    scored = [("CAMs", numbers.cams[max(numbers.cams)] if numbers.cams else None)]
-    scored += [("Pseudo masks", numbers.pseudo_masks), ("Segmenter", numbers.evaluation)]
+    scored = [("CAMs", numbers.cams.get(numbers.final_round or 0))]
+    scored += _made_masks(numbers)
     parts = []
     for title, scores in scored:
         if scores and scores.get("protocol"):

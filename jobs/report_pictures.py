@@ -5,6 +5,7 @@ Only as many shards are read as it takes, one at a time, so that a run of ten mi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from cluster.storage import Storage, StorageError, read_uri
 from jobs.cut_tiles import has_tiles, open_tiles
 from jobs.make_cams import read_cams
 from jobs.manifest import Manifest
+from jobs.report_numbers import read_optional
 from jobs.tile_masks import maps_of_image
 from subcat_core.cam import upsample_cam
 from subcat_core.classes import BACKGROUND, IGNORE, ClassTable
@@ -73,6 +75,9 @@ class PictureReader:
         self._side_px = side_px
         self._truth_lut = manifest.classes.mask_lut()
         self._made_lut = ClassTable(manifest.classes.names).mask_lut()
+        choice = read_optional(storage, "choice/choice.json") or {}
+        self._cam_folders = {choice.get("round_index"): "cams"}
+        """Of the chosen round, whose maps of the whole train split lie in a folder of their own."""
 
     def candidates(self, kind: str, limit: int) -> list[Candidate]:
         """At most `limit` images of `pseudo_masks` or `predictions`, from shards spread evenly over the run; scored."""
@@ -142,11 +147,11 @@ class PictureReader:
     def _cam_panels(self, candidate: Candidate, picture: np.ndarray, round_index: int) -> list[Panel]:
         """The maps of an image in one round, a panel a class."""
         caption = f"CAM, round {round_index}"
-        try:
-            table = self._storage.read_table(f"rounds/{round_index:02d}/cams/{candidate.shard}.parquet")
-        except FileNotFoundError:
-            return [Panel(caption, None)]
-        found = self._maps(table, candidate)
+        found: tuple[list[int], np.ndarray] | None = None
+        for folder in (f"rounds/{round_index:02d}/cams", self._cam_folders.get(round_index)):
+            with contextlib.suppress(FileNotFoundError):
+                if folder and found is None:
+                    found = self._maps(self._storage.read_table(f"{folder}/{candidate.shard}.parquet"), candidate)
         if found is None or not found[0]:
             return [Panel(caption, None)]
         maps = upsample_cam(found[1].astype(np.float32), *picture.shape[:2])

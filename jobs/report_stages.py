@@ -16,6 +16,8 @@ _MEMORY = {"peak_rss_bytes": "biggest worker, GiB", "driver_rss_bytes": "driver,
 def training_section(numbers: RunNumbers) -> str:
     """Loss and average precision of every training, a row each."""
     trained = [(f"classifier, round {index}", result) for index, result in sorted(numbers.classifiers.items())]
+    if numbers.affinity:
+        trained.append(("affinity net", numbers.affinity))
     if numbers.segmenter:
         trained.append(("segmenter", numbers.segmenter))
     if not trained:

@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.storage import Storage
+from jobs.protocol import protocol_markdown
 
 Line = tuple[str, str, str]
 """(what, split, which number)"""
+WALK_STEPS = {"before_walk": "CAM, before the walk", "before_crf": "+ random walk"}
+"""Scores of the steps before a pseudo mask, in scores.json where there was a random walk: key -> name in tables."""
 _CURVE_STEP = 0.05
 
 
@@ -25,7 +28,8 @@ def results_tables(outputs: list[str]) -> str:
     seeds = [f"seed {storage.read_json('config.json')['rng_seed']}" for storage in storages]
     scores = markdown([scores_of_run(storage) for storage in storages], seeds)
     curves = "\n\n".join(curve_markdown(curves, split) for split, curves in _curves(storages).items())
-    return f"{scores}\n\n{curves}"
+    parts = [scores, protocol_markdown(_protocols(storages[0])), curves, rank_correlations(storages)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def scores_of_run(storage: Storage) -> dict[Line, float | None]:
@@ -48,11 +52,71 @@ def scores_of_run(storage: Storage) -> dict[Line, float | None]:
                 lines[(name, split, f"at {curve['fixed']['threshold']:.2f}")] = curve["fixed"]["miou"]
                 lines[(name, split, "at best threshold")] = curve["best"]["miou"]
                 lines[(name, split, "best threshold")] = curve["best"]["threshold"]
+    choice = storage.read_json("choice/choice.json")
+    for index, step in enumerate(choice["rounds"]):
+        lines[(f"score without ground truth, round {index}", "sample of train", "score")] = step["score"]
+        if step["threshold"] >= 0:  # below 0: no background, so none
+            lines[(f"score without ground truth, round {index}", "sample of train", "its threshold")] = step[
+                "threshold"
+            ]
+    lines[("round chosen by it", "", "round")] = choice["round_index"]
+    if choice["threshold"] >= 0:
+        lines[("background chosen by it", "", "alpha")] = choice["mask"]["alpha"]
     for split, score in storage.read_json("pseudo_masks/scores.json")["splits"].items():
+        for key, name in WALK_STEPS.items():
+            if key in score:
+                lines[(name, split, "mIoU")] = score[key]["miou"]
         lines[("pseudo masks", split, "mIoU")] = score["miou"]
     for split, score in storage.read_json("evaluation/scores.json")["splits"].items():
         lines[("segmenter", split, "mIoU")] = score["miou"]
+    if storage.exists("supervised/evaluation/scores.json"):
+        for split, score in storage.read_json("supervised/evaluation/scores.json")["splits"].items():
+            lines[("segmenter from full masks", split, "mIoU")] = score["miou"]
+            from_tags = lines[("segmenter", split, "mIoU")]
+            ratio = from_tags / score["miou"] if from_tags is not None and score["miou"] else None
+            lines[("tags / full masks", split, "ratio")] = ratio
     return lines
+
+
+def rank_correlations(storages: Sequence[Storage]) -> str:
+    """Spearman's rank correlation of the score without ground truth with the true mIoU of the same maps.
+
+    Over every round and threshold of all runs together, of the train split, and how much mIoU is lost by taking each
+    round's threshold by that score instead of by ground truth. Empty where nothing has ground truth.
+    """
+    free, true, losses = [], [], []
+    for storage in storages:
+        for cams in _cams(storage):
+            if "thresholds" in cams["splits"].get("train", {}) and cams["label_free"]["num_images"]:
+                split, score = cams["splits"]["train"], cams["label_free"]["score"]
+                pairs = [pair for pair in zip(score, split["miou"], strict=True) if pair[1] is not None]
+                free += [pair[0] for pair in pairs]
+                true += [pair[1] for pair in pairs]
+                losses.append(split["best"]["miou"] - split["miou"][score.index(max(score))])
+    if len(free) < 2:
+        return ""
+    return (
+        f"Score without ground truth against mIoU on train, {len(losses)} rounds, {len(free)} pairs of round and "
+        f"threshold: rank correlation {statistics.correlation(_ranks(free), _ranks(true)):.3f}; its thresholds lose "
+        f"{statistics.mean(losses):.3f} mIoU against the best ones (at most {max(losses):.3f})."
+    )
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """1-based ranks; equal values share the mean of theirs."""
+    positions: dict[float, list[int]] = {}
+    for rank, value in enumerate(sorted(values), 1):
+        positions.setdefault(value, []).append(rank)
+    return [statistics.mean(positions[value]) for value in values]
+
+
+def _protocols(storage: Storage) -> dict[str, dict[str, Any]]:
+    """How each kind of number was taken."""
+    scored = {"CAM": _cams(storage)[-1], "pseudo masks": storage.read_json("pseudo_masks/scores.json")}
+    for what, folder in (("segmenter", "evaluation"), ("segmenter from full masks", "supervised/evaluation")):
+        if storage.exists(f"{folder}/scores.json"):
+            scored[what] = storage.read_json(f"{folder}/scores.json")
+    return {what: scores["protocol"] for what, scores in scored.items()}
 
 
 def _cams(storage: Storage) -> list[dict[str, Any]]:

@@ -23,9 +23,13 @@ def confusion_scores(confusion: ConfusionMatrix, num_images: int) -> dict[str, A
 
 
 class SplitConfusions:
-    """The `confusion` of every shard, added up by the shard's split as the summaries come; `add` is a fold."""
+    """The confusion matrix of every shard, added up by the shard's split as the summaries come; `add` is a fold.
 
-    def __init__(self, manifest: Manifest) -> None:
+    key: under which name the matrix stands in the stats.
+    """
+
+    def __init__(self, manifest: Manifest, key: str = "confusion") -> None:
+        self._key = key
         self._split_of = {shard.name: shard.split for shard in manifest.shards}
         self._num_classes = manifest.classes.num_classes
         self.by_split: dict[str, tuple[ConfusionMatrix, int]] = {}
@@ -36,7 +40,7 @@ class SplitConfusions:
         if num_scored:
             split = self._split_of[summary.name]
             confusion, before = self.by_split.get(split, (ConfusionMatrix(self._num_classes), 0))
-            confusion.merge(ConfusionMatrix.from_json(summary.stats["confusion"]))
+            confusion.merge(ConfusionMatrix.from_json(summary.stats[self._key]))
             self.by_split[split] = (confusion, before + num_scored)
 
 

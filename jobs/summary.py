@@ -10,6 +10,7 @@ from rich.table import Table
 from cluster.storage import Storage
 from jobs.config import Experiment
 from jobs.pipeline import StagePlan, plan
+from jobs.results import WALK_STEPS
 
 GIB = 1024**3
 
@@ -108,6 +109,8 @@ def _found(step: StagePlan, stats: dict[str, Any]) -> str:
         texts.append(f"mAP {stats['map']:.3f}")
     if step.stage == "cluster_features" and stats:
         texts.append(f"{stats['num_passes']} passes" + ("" if stats.get("converged", True) else ", not converged"))
+    if step.stage == "choose_round" and stats:
+        texts.append(f"round {stats['round']}")
     if stats.get("num_bad"):
         texts.append(f"{stats['num_bad']} bad")
     return ", ".join(texts)
@@ -119,6 +122,7 @@ def _scores(storage: Storage, step: StagePlan) -> list[tuple[str, str, str, str,
         "make_cams": f"CAM, round {step.round_index}",
         "make_pseudo_masks": "pseudo masks",
         "evaluate": "segmenter",
+        "evaluate_supervised": "segmenter, full masks",
     }
     if step.stage not in names:
         return []
@@ -126,6 +130,9 @@ def _scores(storage: Storage, step: StagePlan) -> list[tuple[str, str, str, str,
     rows = []
     for split, score in scores["splits"].items():
         name, num_images = names[step.stage], str(score["num_images"])
+        for key, before in WALK_STEPS.items():
+            if key in score:
+                rows.append((before, split, num_images, _text(score[key]["miou"]), ""))
         curves = [(f"{name}, plain", score["plain"]), (name, score)] if "plain" in score else [(name, score)]
         for what, curve in curves:
             if "best" not in curve:

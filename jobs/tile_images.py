@@ -22,10 +22,10 @@ from subcat_core.tiles import Band, Stitcher
 TILE_COLUMNS = ["parent_id", "x_px", "y_px"]
 
 
-def tiles_with_masks(tiles: pa.Table, images: pa.Table) -> pa.Table:
-    """The tiles of images that have ground truth."""
+def is_of_scored_image(tiles: pa.Table, images: pa.Table) -> pa.ChunkedArray:
+    """Whether a tile's image has ground truth, a bool a tile."""
     known = images.filter(images["mask_uri"].is_valid())["image_id"].combine_chunks()
-    return tiles.filter(pc.is_in(tiles["parent_id"], value_set=known))
+    return pc.is_in(tiles["parent_id"], value_set=known)
 
 
 def classes_by_image(tiles: pa.Table) -> dict[str, list[int]]:

@@ -79,7 +79,7 @@ class TileMaskWorker:
         if len(ids):
             for band in stitch(self._probabilities(group, cams, ids), len(ids), height, width):
                 labels[band.rows], chosen[band.rows] = ids[band.maps.argmax(axis=0)], band.maps.max(axis=0)
-        return mask_of_probability(labels, chosen, self.settings)
+        return mask_of_probability(labels, chosen, self.settings, has_background=self.classes.has_background)
 
     def _probabilities(self, group: ImageTiles, cams: Cams, ids: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
         """(y, x, (L, h, w) probabilities of the class ids) of every tile."""

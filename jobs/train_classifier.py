@@ -69,8 +69,9 @@ class ClassifierTrainee:
     def make_validation_sample(self, row: dict[str, Any]) -> dict[str, np.ndarray]:
         """The middle of the image at the middle of the training sizes: no chance, no jitter."""
         settings = self.settings.augment
-        side = (settings.resize_min_px + settings.resize_max_px) // 2
-        image = resize_short_side(decode_image(read_uri(row["uri"])), side)
+        image = decode_image(read_uri(row["uri"]))
+        if settings.middle_px is not None:
+            image = resize_short_side(image, settings.middle_px)
         return self._sample(centre_crop(image, settings.crop_px, self._pad_rgb()), row)
 
     def _pad_rgb(self) -> tuple[int, int, int]:
@@ -140,7 +141,7 @@ def run(context: StageContext, manifest: Manifest, round_index: int, subcategori
             unknown = pa.array([[0] * len(labels) for labels in validation["labels"].to_pylist()], pa.list_(pa.int32()))
             validation = validation.append_column("cluster_ids", unknown)
         title = f"train classifier, round {round_index}"
-        total = rows.num_rows * settings.optimiser.epochs
+        total = settings.optimiser.length(rows.num_rows).num_images
         with context.progress.stage(title, total=total, unit="images") as bar:
             result = train(
                 ClassifierTrainee(settings, manifest.classes.num_classes, num_clusters),

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from jobs.tile_masks import tile_mask_name
 from subcat_core.backbones import input_statistics
 from subcat_core.classes import IGNORE, ClassTable
 from subcat_core.images import AugmentSettings, augment, decode_image, decode_mask
-from subcat_core.segmenter import Segmenter, SegmenterSettings, build_segmenter, segmentation_loss
+from subcat_core.segmenter import Segmenter, SegmenterSettings, build_segmenter, multi_scale_loss
 from subcat_core.settings import Settings
 
 logger = logging.getLogger("subcat")
@@ -60,17 +61,17 @@ class SegmenterTrainee:
     """What the worker loop needs to know of the segmenter."""
 
     settings: SegmenterStageSettings
-    num_classes: int
+    classes: ClassTable
+    """Whose mask values say what the stored masks mean: none for pseudo masks, which hold class ids."""
 
     def build_model(self) -> torch.nn.Module:
-        model, report = build_segmenter(self.settings.model, self.num_classes, read_uri=read_uri)
+        model, report = build_segmenter(self.settings.model, self.classes.num_classes, read_uri=read_uri)
         model.weights_account = report.summary()
         return model
 
     def make_sample(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         image = decode_image(read_uri(row["uri"]))
-        lut = ClassTable(tuple(str(index) for index in range(self.num_classes))).mask_lut()
-        mask = decode_mask(read_uri(row["mask_uri"]), lut)
+        mask = decode_mask(read_uri(row["mask_uri"]), self.classes.mask_lut())
         mean, _ = input_statistics(self.settings.model.backbone.name)
         pad_rgb = (round(mean[0]), round(mean[1]), round(mean[2]))
         crop, mask_crop = augment(image, self.settings.augment, rng, pad_rgb=pad_rgb, mask=mask)
@@ -84,7 +85,9 @@ class SegmenterTrainee:
     def loss(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss = segmentation_loss(model(batch["image"]), batch["mask"], batch["weight"])
+        settings = self.settings.model
+        logits = model(batch["image"], settings.train_scales)
+        loss = multi_scale_loss(logits, batch["mask"], batch["weight"], loss_at=settings.loss_at)
         return loss, {"loss": loss.detach()}
 
     def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -100,30 +103,64 @@ class SegmenterTrainee:
 
 def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact, tiles: Manifest | None = None) -> Artifact:
     """Train on every image that has a pseudo mask; with `tiles`, on the tiles of these images and their masks."""
+    masks: dict[str, Any] = {"pseudo_masks": pseudo_masks.output_fingerprint}
+    if tiles is not None:
+        masks["tiles"] = tiles.fingerprint
+    return train_on(
+        context,
+        manifest,
+        lambda: pseudo_mask_rows(manifest, pseudo_masks, tiles),
+        masks=masks,
+        classes=ClassTable(manifest.classes.names, has_background=manifest.classes.has_background),
+    )
+
+
+def pseudo_mask_rows(manifest: Manifest, pseudo_masks: Artifact, tiles: Manifest | None = None) -> pa.Table:
+    """image_id, uri and mask_uri of the images that have a pseudo mask, or of the tiles of these images."""
+    names = manifest.shard_names("train")
+    masks = pa.concat_tables(
+        [pseudo_masks.folder.read_table(f"{name}.parquet", ["image_id", "mask_uri"]) for name in names]
+    )
+    if tiles is not None:
+        return _rows_of_tiles(tiles, masks, pseudo_masks.folder)
+    return with_column(manifest.rows("train", ["image_id", "uri"]), masks, "mask_uri")
+
+
+def train_on(
+    context: StageContext,
+    manifest: Manifest,
+    rows: Callable[[], pa.Table],
+    *,
+    masks: dict[str, Any],
+    classes: ClassTable,
+    name: str = "segmenter",
+    stage: str = "train_segmenter",
+) -> Artifact:
+    """Train the segmenter of the settings on some masks.
+
+    rows: image_id, uri, mask_uri. masks: what names those masks in the fingerprint. classes: what their values mean.
+    name: the folder to write. The model goes to MLflow where the masks are pseudo masks.
+    """
     experiment = context.experiment
     settings = experiment.segmenter
+    title = stage.replace("_", " ")
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
-        names = manifest.shard_names("train")
-        masks = [pseudo_masks.folder.read_table(f"{name}.parquet", ["image_id", "mask_uri"]) for name in names]
-        if tiles is None:
-            rows = with_column(manifest.rows("train", ["image_id", "uri"]), pa.concat_tables(masks), "mask_uri")
-        else:
-            rows = _rows_of_tiles(tiles, pa.concat_tables(masks), pseudo_masks.folder)
+        table = rows()
         artifact.folder.write_json(
             "segmenter.json",
             {
                 "model": settings.model.model_dump(mode="json"),
-                "classes": list(manifest.classes.names),
-                "has_background": manifest.classes.has_background,
+                "classes": list(classes.names),
+                "has_background": classes.has_background,
                 "base_px": trained_px(settings),
             },
         )
-        total = rows.num_rows * settings.optimiser.epochs
-        with context.progress.stage("train segmenter", total=total, unit="images") as bar:
+        total = settings.optimiser.length(table.num_rows).num_images
+        with context.progress.stage(title, total=total, unit="images") as bar:
             result = train(
-                SegmenterTrainee(settings, manifest.classes.num_classes),
-                rows,
+                SegmenterTrainee(settings, classes),
+                table,
                 val_rows=None,
                 folder=artifact.folder,
                 optimiser=settings.optimiser,
@@ -132,11 +169,12 @@ def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact, tiles
                 max_bad_frac=experiment.stream.max_bad_frac,
                 bar=bar,
                 on_metrics=lambda step, values: child.log_metrics(
-                    {f"train_segmenter/{key}": value for key, value in values.items()}, step
+                    {f"{stage}/{key}": value for key, value in values.items()}, step
                 ),
             )
-        warn_of_loss(context, "train segmenter", result)
-        log_model(context, manifest, artifact.folder)
+        warn_of_loss(context, title, result)
+        if "pseudo_masks" in masks:
+            log_model(context, manifest, artifact.folder)
         return {
             "weights": artifact.folder.read_json("result.json")["weights"],
             "num_images": result.num_images,
@@ -148,13 +186,12 @@ def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact, tiles
 
     return complete(
         context,
-        name="segmenter",
-        stage="train_segmenter",
+        name=name,
+        stage=stage,
         inputs={
             "settings": settings.model_dump(mode="json", exclude={"compute": True, "optimiser": {"keep_checkpoints"}}),
             "rng_seed": experiment.rng_seed,
-            "pseudo_masks": pseudo_masks.output_fingerprint,
-            **({"tiles": tiles.fingerprint} if tiles is not None else {}),
+            **masks,
         },
         work=work,
     )
@@ -187,17 +224,21 @@ def log_model(context: StageContext, manifest: Manifest, folder: Storage) -> Non
         base_px=context.experiment.predict.base_px or trained_px(context.experiment.segmenter),
         scales=context.experiment.predict.scales,
         flip=context.experiment.predict.flip,
+        merge=context.experiment.predict.merge,
         example=example,
     )
 
 
-def trained_px(settings: SegmenterStageSettings) -> int:
-    """The middle of the short sides that training saw: what prediction brings images to unless told otherwise."""
-    return (settings.augment.resize_min_px + settings.augment.resize_max_px) // 2
+def trained_px(settings: SegmenterStageSettings) -> int | None:
+    """The middle of the short sides that training saw: what prediction brings images to unless told otherwise; None
+    where training saw images around their own size.
+    """
+    return settings.augment.middle_px
 
 
-def load_segmenter(folder: Storage) -> tuple[Segmenter, ClassTable, int]:
-    """The trained segmenter of an output folder, in eval mode, its classes, and the short side it was trained for.
+def load_segmenter(folder: Storage) -> tuple[Segmenter, ClassTable, int | None]:
+    """The trained segmenter of an output folder, in eval mode, its classes, and the short side it was trained for
+    (None: the images' own).
 
     Raises ValueError when the folder holds none.
     """

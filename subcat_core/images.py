@@ -7,17 +7,14 @@ import functools
 import io
 import threading
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
-from pydantic import Field, model_validator
 from torch.nn import functional as F
 
 from subcat_core.classes import IGNORE
-from subcat_core.random_crop import crop_span, jitter_colours
-from subcat_core.settings import Settings
+from subcat_core.random_crop import AugmentSettings, crop_span, jitter_colours
 
 MAX_PIXELS = 89_478_485
 """More is taken for a decompression bomb: Pillow's own warning limit, 256 MiB of RGB."""
@@ -46,35 +43,6 @@ class ImageError(ValueError):
 
 class MaskValueError(ImageError):
     """A sound file whose pixels are not the class table's values: colours, grey levels of a palette, other classes."""
-
-
-class AugmentSettings(Settings):
-    """Random resize, flip, colour jitter and crop of training (Chang et al. 2020: long side 256..512, crop 224)."""
-
-    resize_side: Literal["short", "long"] = "short"
-    """Which side the drawn size is for; the authors' code resizes the long side."""
-    resize_min_px: int = Field(default=288, ge=1)
-    """Smallest size drawn, uniformly among whole pixels."""
-    resize_max_px: int = Field(default=384, ge=1)
-    """Largest size drawn."""
-    crop_px: int = Field(default=288, ge=8)
-    """Side of the square crop; smaller images are padded at a random offset."""
-    flip_prob: float = Field(default=0.5, ge=0, le=1)
-    """Probability of a left-right flip."""
-    jitter: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)
-    """Brightness, contrast, saturation and hue: factors within 1 +- value, hue within +- value of a turn."""
-
-    @model_validator(mode="after")
-    def _in_range(self) -> AugmentSettings:
-        if self.resize_max_px < self.resize_min_px:
-            raise ValueError(
-                f"resize_max_px = {self.resize_max_px} is below resize_min_px = {self.resize_min_px}; swap the two"
-            )
-        if not all(0 <= value <= 1 for value in self.jitter[:3]) or not 0 <= self.jitter[3] <= 0.5:
-            raise ValueError(
-                f"jitter {self.jitter}: brightness, contrast and saturation are 0..1, hue 0..0.5; 0 switches one off"
-            )
-        return self
 
 
 def decode_image(data: bytes, max_pixels: int | None = None) -> np.ndarray:
@@ -168,7 +136,7 @@ def augment(
     pad_rgb: tuple[int, int, int],
     mask: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """One training crop: resize, flip, crop at a random place, colour jitter, padding at a random offset.
+    """One training crop: resize, flip, crop at a random place, colour jitter, padding.
 
     image: (H, W, 3) uint8 RGB. mask: (H, W) uint8 class ids, or None. pad_rgb: the backbone's mean colour, so that
     padding is zero after normalisation (authors' code). Returns (3, crop, crop) uint8 and the mask's (crop, crop)
@@ -177,11 +145,18 @@ def augment(
     """
     if mask is not None and mask.shape != image.shape[:2]:
         raise ValueError(f"mask of {mask.shape} px for an image of {image.shape[:2]} px; expected the same size")
-    side_px = int(rng.integers(settings.resize_min_px, settings.resize_max_px + 1))
-    height, width = _resized_size(image.shape[0], image.shape[1], side_px, settings.resize_side)
+    if settings.scales is None:
+        side_px = int(rng.integers(settings.resize_min_px, settings.resize_max_px + 1))
+        height, width = _resized_size(image.shape[0], image.shape[1], side_px, settings.resize_side)
+    else:
+        scale = settings.scales[int(rng.integers(len(settings.scales)))]
+        height, width = max(1, int(image.shape[0] * scale)), max(1, int(image.shape[1] * scale))
     flip = bool(rng.random() < settings.flip_prob)
-    from_y, to_y = crop_span(height, settings.crop_px, rng)
-    from_x, to_x = crop_span(width, settings.crop_px, rng)
+    at_end = settings.pad == "end"
+    from_y, to_y = crop_span(height, settings.crop_px, rng, pad_end=at_end)
+    from_x, to_x = crop_span(width, settings.crop_px, rng, pad_end=at_end)
+    if flip and at_end:  # the padding is mirrored with the image
+        to_x = slice(settings.crop_px - to_x.stop, settings.crop_px)
 
     def cut(pixels: np.ndarray) -> np.ndarray:
         return (pixels[:, ::-1] if flip else pixels)[from_y, from_x]

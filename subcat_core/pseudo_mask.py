@@ -68,9 +68,10 @@ def make_pseudo_mask(
 ) -> PseudoMask:
     """Pseudo mask of one image: as `class_probability` takes and refuses it, then `mask_of_probability`."""
     ids, probability = class_probability(cam, class_indices, image, settings, has_background=has_background)
-    if not len(ids):
-        return mask_of_probability(np.zeros(image.shape[:2], np.uint8), np.zeros(image.shape[:2], np.float32), settings)
-    return mask_of_probability(ids[probability.argmax(axis=0)], probability.max(axis=0), settings)
+    labels, chosen = np.zeros(image.shape[:2], np.uint8), np.zeros(image.shape[:2], np.float32)
+    if len(ids):
+        labels, chosen = ids[probability.argmax(axis=0)], probability.max(axis=0)
+    return mask_of_probability(labels, chosen, settings, has_background=has_background)
 
 
 def class_probability(
@@ -89,32 +90,47 @@ def class_probability(
     shapes that do not fit, and for maps that are not finite or outside 0..1.
     """
     indices = np.asarray(class_indices, np.int64)
-    _check(cam, indices, image)
+    check_cam(cam, indices, image)
     height, width = image.shape[:2]
     ids = np.concatenate([np.zeros(int(has_background), np.uint8), to_class_ids(indices)])
     if len(ids) <= 1:
         return ids, np.ones((len(ids), height, width), np.float32)
     scores = upsample_cam(cam, height, width)
     if has_background:
-        scores = with_background(scores, settings)
+        return ids, probability_of_scores(with_background(scores, settings), image, settings)
+    scores = scores + np.finfo(np.float32).tiny  # where no map is above 0, all are as likely
     return ids, probability_of_scores(scores, image, settings)
+
+
+def mask_of_scores(
+    scores: np.ndarray, class_indices: Sequence[int] | np.ndarray, image: np.ndarray, settings: PseudoMaskSettings
+) -> PseudoMask:
+    """Pseudo mask from scores (1 + n, H, W) float32 >= 0, background first, as `with_background` or a walk gives them.
+
+    Of the settings, those of the background are not looked at: it is in the scores.
+    """
+    probability = probability_of_scores(scores, image, settings)
+    return mask_of_probability(labels_of_scores(probability, class_indices), probability.max(axis=0), settings)
 
 
 def probability_of_scores(scores: np.ndarray, image: np.ndarray, settings: PseudoMaskSettings) -> np.ndarray:
     """(L, H, W) float32 scores >= 0 of what competes -> probabilities: by the CRF, or each over their sum."""
     if settings.crf is not None:
         return dense_crf(scores, image, settings.crf)
-    scores = scores + np.finfo(np.float32).tiny  # where no score is above 0, all are as likely
-    return scores / scores.sum(axis=0)
+    return scores / np.maximum(scores.sum(axis=0), np.finfo(np.float32).tiny)
 
 
-def mask_of_probability(labels: np.ndarray, chosen: np.ndarray, settings: PseudoMaskSettings) -> PseudoMask:
+def mask_of_probability(
+    labels: np.ndarray, chosen: np.ndarray, settings: PseudoMaskSettings, *, has_background: bool = True
+) -> PseudoMask:
     """IGNORE where unsure, and the numbers of a mask.
 
-    labels: (H, W) uint8, the likeliest class. chosen: (H, W) float32, its probability; 0 where nothing is known, which
-    is IGNORE whatever min_confidence.
+    labels: (H, W) uint8, the likeliest class. chosen: (H, W) float32, its probability; without background 0 where
+    nothing is known, which is IGNORE whatever min_confidence.
     """
-    unsure = (chosen < settings.min_confidence) | (chosen == 0)
+    unsure = chosen < settings.min_confidence
+    if not has_background:
+        unsure |= chosen == 0
     mask = np.where(unsure, np.uint8(IGNORE), labels)
     sure = chosen[~unsure]
     foreground = (mask != BACKGROUND) & (mask != IGNORE)
@@ -126,6 +142,12 @@ def mask_of_probability(labels: np.ndarray, chosen: np.ndarray, settings: Pseudo
         ignore_frac=float(unsure.mean()),
         class_ids=tuple(int(value) for value in np.unique(mask[foreground])),
     )
+
+
+def labels_of_scores(scores: np.ndarray, class_indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """(1 + n, H, W) scores, background first -> (H, W) uint8 class ids of the best; ties go to the lower row."""
+    ids = np.concatenate([np.array([BACKGROUND], np.uint8), to_class_ids(np.asarray(class_indices))])
+    return ids[scores.argmax(axis=0)]
 
 
 def with_background(cam: np.ndarray, settings: PseudoMaskSettings) -> np.ndarray:
@@ -140,7 +162,8 @@ def with_background(cam: np.ndarray, settings: PseudoMaskSettings) -> np.ndarray
     return scores
 
 
-def _check(cam: np.ndarray, indices: np.ndarray, image: np.ndarray) -> None:
+def check_cam(cam: np.ndarray, indices: np.ndarray, image: np.ndarray) -> None:
+    """ValueError for maps, present classes and an image that do not fit, and for maps not finite or outside 0..1."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"image: got {image.dtype} {image.shape}, expected uint8 of (H, W, 3)")
     if cam.ndim != 3 or len(cam) != len(indices):

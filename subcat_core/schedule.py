@@ -64,9 +64,14 @@ def build_sgd(
     return torch.optim.SGD(prepared, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
 
 
-def set_poly_lr(optimiser: torch.optim.Optimizer, *, lr: float, step: int, total_steps: int, power: float) -> float:
-    """Set every group's rate for update `step` = 0, 1, ..., before that update; returns the rate at factor 1."""
-    now = lr * poly_factor(step, total_steps, power)
+def set_poly_lr(
+    optimiser: torch.optim.Optimizer, *, lr: float, step: int, total_steps: int, power: float, refresh_every: int = 1
+) -> float:
+    """Set every group's rate for update `step` = 0, 1, ..., before that update; returns the rate at factor 1.
+
+    refresh_every: the rate changes at steps that are multiples of it alone (10 in deeplab-pytorch).
+    """
+    now = lr * poly_factor(step - step % refresh_every, total_steps, power)
     for group in optimiser.param_groups:
         group["lr"] = now * group["lr_factor"]
     return now

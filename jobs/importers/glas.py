@@ -37,6 +37,16 @@ class GlasSource(Settings):
     splits: dict[str, tuple[str, ...]] = Field(default={"train": ("train",), "val": ("testA", "testB")})
     """Split -> its sets, as names of images begin: train_1 is of set train. Images of other sets are left out."""
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names."""
+        return GLAS_CLASSES
+
+    @property
+    def has_background(self) -> bool:
+        """Of the classes: every pixel is gland or not gland."""
+        return False
+
     @field_validator("splits")
     @classmethod
     def _once(cls, splits: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -68,7 +78,7 @@ def open_glas(settings: GlasSource) -> ImportSource:
 
     listing = hashlib.sha256("\n".join([*images, *masks]).encode()).hexdigest()
     values = {0: _NOT_GLAND} | dict.fromkeys(range(1, 256), _GLAND)
-    classes = ClassTable(GLAS_CLASSES, values, has_background=False)
+    classes = ClassTable(GLAS_CLASSES, values, settings.has_background)
     return ImportSource(classes, tuple(settings.splits), {root.uri(): listing}, rows, root.uri())
 
 

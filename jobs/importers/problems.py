@@ -19,6 +19,11 @@ BAD_MASK = "undecodable mask"
 MASK_SIZE = "mask of another size"
 MASK_VALUES = "mask values"
 EMPTY_CLASS = "class without images"
+BAD_JSON = "bad JSON"
+BAD_ANNOTATION = "bad annotation"
+UNKNOWN_CATEGORY = "unknown category"
+UNKNOWN_IMAGE = "annotation of an unknown image"
+OUTSIDE_IMAGE = "polygon outside the image"
 
 REMEDIES = {
     BAD_TABLE: "repair the file, or name its columns in prepare.source",
@@ -33,6 +38,11 @@ REMEDIES = {
     BAD_MASK: "save the mask as an indexed or 8-bit grey PNG, or take its row out",
     MASK_SIZE: "a mask has the size of its image after EXIF rotation; make it anew",
     MASK_VALUES: "save class ids, not colours, or describe the stored values in prepare.source",
+    BAD_JSON: "give COCO's instances JSON, with lists images, annotations and categories; make it anew if it is cut",
+    BAD_ANNOTATION: "correct the annotation in the JSON file, or take it out",
+    UNKNOWN_CATEGORY: "correct the category, or add it to `categories` of the JSON file",
+    UNKNOWN_IMAGE: "add the image to `images` of the JSON file, or take the annotation out",
+    OUTSIDE_IMAGE: "correct the points, or raise prepare.source.outside_px: what is beyond the border is cut off",
     EMPTY_CLASS: "take the class out of prepare.source.classes, or tag some training images with it",
 }
 
@@ -42,7 +52,11 @@ _MAX_KEPT = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong. row: line of a text file or row of a Parquet file, from 1; None for the whole file."""
+    """One thing that is wrong.
+
+    row: line of a text file or row of a Parquet file, from 1, or the annotation's id in a COCO file; None for the whole
+    file.
+    """
 
     rule: str
     message: str

@@ -25,7 +25,10 @@ _ILLEGAL_PART = re.compile(r"[^A-Za-z0-9._-]+")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImportRow:
-    """One image as a layout lists it. labels: class_index, ascending, each once. file and row: where it is listed."""
+    """One image as a layout lists it. labels: class_index, ascending, each once. file and row: where it is listed.
+
+    drawing: what its mask is drawn from (`coco_masks.Drawing` as JSON) where there is no file at mask_uri.
+    """
 
     image_id: str
     uri: str
@@ -34,6 +37,7 @@ class ImportRow:
     mask_uri: str | None
     file: str
     row: int | None
+    drawing: str | None = None
 
 
 class BadSource(ValueError):  # noqa: N818 (the name says what it is)
@@ -111,7 +115,7 @@ def checked_rows(
         if needs_tags and row.split == TRAIN and not row.labels:
             log.add(problems.NO_TAG, f"{row.image_id} of split {TRAIN} has no tag", row.file, row.row, row.image_id)
             continue
-        counts.add(row.split, row.labels, row.mask_uri is not None)
+        counts.add(row.split, row.labels, row.mask_uri is not None or row.drawing is not None)
         yield row
     check_counts(source.splits, counts, log, source.file)
 

@@ -76,7 +76,7 @@ def open_voc(settings: VocSource) -> ImportSource:
     files = {name: _list_name(settings, name) for name in [*settings.splits.values(), *mask_lists.values()]}
     contents = {name: _read(root, file) for name, file in files.items()}
     fingerprints = {root.uri(files[name]): hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-    lists = {name: _parse_list(data) for name, data in contents.items()}
+    lists = {name: parse_list(data) for name, data in contents.items()}
     table = _label_table(settings, root)
     if table is not None:
         fingerprints[table.uri] = table.sha256
@@ -123,7 +123,7 @@ def _read(root: Storage, name: str) -> bytes:
         raise BadSource(Problem(problems.MISSING_FILE, "no such list", root.uri(name))) from error
 
 
-def _parse_list(data: bytes) -> list[tuple[int, str]]:
+def parse_list(data: bytes) -> list[tuple[int, str]]:
     """(line, image_id) of each line: the first word, as ImageSets/Main has more, without folder and suffix."""
     lines = enumerate(data.decode("utf-8-sig", "replace").splitlines(), 1)
     words = ((number, line.split()[0]) for number, line in lines if line.strip())

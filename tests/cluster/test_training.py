@@ -121,6 +121,55 @@ def test_a_training_killed_in_its_second_epoch_ends_with_the_same_bits(tmp_path:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_stopping_early_gives_the_longer_trainings_model_of_that_epoch(tmp_path: Path) -> None:
+    trainee = TinyTrainee(dropout=0.5)
+    run_training(tmp_path / "long", trainee, optimiser=OPTIMISER.model_copy(update={"keep_checkpoints": 3}))
+    bar = CountingBar()
+    stopping = OPTIMISER.model_copy(update={"stop_after_epochs": 2})
+    result = run_training(tmp_path / "stopped", trainee, optimiser=stopping, bar=bar)
+    assert [record["step"] for record in result.history] == [12, 24]
+    assert "map" in result.history[1]  # validated after its last epoch
+    assert (result.num_images, bar.num_done) == (2 * 12 * 8, 200)
+    expected = torch.load(tmp_path / "long/checkpoints/epoch-0002.pt", weights_only=True)["model"]
+    stopped = load_model(tmp_path / "stopped")
+    assert all(torch.equal(stopped[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match=r"result\.json is of a training with"):
+        run_training(tmp_path / "stopped", trainee)
+    (tmp_path / "stopped/result.json").unlink()
+    with pytest.raises(ValueError, match="made with epochs = 2, this training has 3"):
+        run_training(tmp_path / "stopped", trainee)
+
+
+def test_a_number_of_steps_ends_within_an_epoch_and_goes_on_there(tmp_path: Path) -> None:
+    told: list[tuple[int, float]] = []
+    optimiser = OPTIMISER.model_copy(update={"max_steps": 29, "refresh_lr_every": 4})
+    bar = CountingBar()
+    result = run_training(
+        tmp_path,
+        optimiser=optimiser,
+        bar=bar,
+        on_metrics=lambda step, values: told.append((step, values.get("learning_rate", 0.0))),
+    )
+    assert [record["step"] for record in result.history] == [12, 24, 29]
+    assert (result.num_images, bar.num_done) == (29 * 8, round(100 * 29 / 12))
+    assert "map" in result.history[2]
+    rates = dict(step_and_rate for step_and_rate in told if step_and_rate[1])
+    assert rates[10] == pytest.approx(0.3 * (1 - 8 / 29) ** 0.9)  # update 9, counted from 0, has the rate of update 8
+    assert rates[29] == pytest.approx(0.3 * (1 - 28 / 29) ** 0.9)
+
+    before = load_model(tmp_path)
+    (tmp_path / "result.json").unlink()
+    again = run_training(tmp_path, optimiser=optimiser)  # all epochs are done: only the result is made anew
+    assert again.history == result.history
+    (tmp_path / "result.json").unlink()
+    (tmp_path / "checkpoints/epoch-0003.pt").unlink()
+    skipping = CountingBar()
+    run_training(tmp_path, optimiser=optimiser, bar=skipping)
+    assert (skipping.num_skipped, skipping.num_done) == (200, 42)
+    after = load_model(tmp_path)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_any_storage_keeps_checkpoints(storage_root: str) -> None:
     folder = Storage(storage_root)
     expected = run_training(folder)

@@ -26,7 +26,7 @@ def _toml(folder: Path, table: Path, text: str = "") -> str:
 def test_the_commands_are_frozen() -> None:
     """A new command needs a decision, not a patch."""
     group = typer.main.get_command(cli.app)
-    commands = ["demo", "evaluate", "predict", "prepare", "report", "results", "run", "validate"]
+    commands = ["demo", "evaluate", "predict", "prepare", "report", "results", "run", "submission", "validate"]
     assert sorted(group.commands) == commands  # type: ignore[attr-defined]
 
 
@@ -49,7 +49,7 @@ def test_dry_run_lists_stages_and_settings_and_does_nothing(
 ) -> None:
     assert call_cli(monkeypatch, "run", _toml(tmp_path, tiny_table), "--dry-run", "--set", "rounds=1") == 0
     told = capsys.readouterr().out
-    assert told.count("to do") == 11
+    assert told.count("to do") == 13
     assert "kmeans.num_clusters = 10" in told
     assert not (tmp_path / "out").exists()
 

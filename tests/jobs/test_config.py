@@ -68,6 +68,41 @@ def test_round_override_errors_name_the_round() -> None:
         parse_experiment(_with(round={"1": {"segmenter": {}}}))
 
 
+def test_the_published_schedules_can_be_said() -> None:
+    stops = {str(index): {"classifier": {"optimiser": {"stop_after_epochs": 21 + 10 * index}}} for index in (1, 2)}
+    classifier = {
+        "augment": {"resize_side": "long", "resize_min_px": 256, "resize_max_px": 512, "crop_px": 224},
+        "optimiser": {"epochs": 61, "momentum": 0.0005},
+    }
+    segmenter = {
+        "model": {
+            "backbone": {"name": "subcat:resnet101-caffe", "output_stride": 8, "weights": "coco.pth"},
+            "train_scales": [1.0, 0.5, 0.75],
+            "loss_at": "logits",
+        },
+        "augment": {"scales": [0.5, 0.75, 1.0, 1.25, 1.5], "crop_px": 321, "pad": "end", "jitter": [0.0] * 4},
+        "optimiser": {"batch_size": 10, "max_steps": 20_000, "refresh_lr_every": 10},
+    }
+    crf = {
+        "spatial_sigma_px": 1.0,
+        "bilateral_sigma_px": 67.0,
+        "bilateral_sigma_rgb": 3.0,
+        "bilateral_weight": 4.0,
+    }
+    predict = {"scales": [1.0, 0.5, 0.75], "merge": "max", "flip": False, "crf": crf}
+    experiment = parse_experiment(_with(classifier=classifier, round=stops, segmenter=segmenter, predict=predict))
+    lengths = [experiment.for_round(index).classifier.optimiser.length(10_582).num_epochs for index in range(3)]
+    assert lengths == [61, 31, 41]
+    optimiser = experiment.segmenter.optimiser
+    assert (optimiser.learning_rate, optimiser.momentum, optimiser.weight_decay) == (2.5e-4, 0.9, 5e-4)
+    late = {"1": {"classifier": {"optimiser": {"stop_after_epochs": 62}}}}
+    with pytest.raises(ConfigError, match=r"round\.1\.classifier\.optimiser: stop_after_epochs = 62 is beyond epochs"):
+        parse_experiment(_with(classifier=classifier, round=late))
+    other = {"architecture": "deeplabv3plus", "backbone": {"name": "subcat:resnet101-caffe"}}
+    with pytest.raises(ConfigError, match=r"segmenter\.model: .*subcat:resnet101-caffe.* give deeplabv2"):
+        parse_experiment(_with(segmenter={"model": other}))
+
+
 @pytest.mark.parametrize("key", ["01", "²", "-1"])
 def test_a_round_is_named_by_its_plain_number(key: str) -> None:
     with pytest.raises(ConfigError, match="this run has rounds 0 to 2"):
@@ -127,3 +162,13 @@ def test_shipped_configs_are_valid() -> None:
     assert paths, f"no config in {folder}"
     for path in paths:
         assert isinstance(load_experiment(str(path)), Experiment)
+
+
+def test_the_papers_backbone_is_accepted_at_its_own_stride_alone() -> None:
+    backbone = {"name": "subcat:resnet38d", "output_stride": 8, "weights": "none", "frozen_stages": 1}
+    experiment = parse_experiment(_with(classifier={"backbone": backbone}, cams={"output_stride": 8}))
+    assert experiment.for_round(1).classifier.backbone.name == "subcat:resnet38d"
+    with pytest.raises(ConfigError, match=r"classifier\.backbone: output_stride = 16: subcat:resnet38d has stride 8"):
+        parse_experiment(_with(classifier={"backbone": {"name": "subcat:resnet38d"}}))
+    with pytest.raises(ConfigError, match=r"cams\.output_stride = 16: subcat:resnet38d has stride 8 only"):
+        parse_experiment(_with(classifier={"backbone": backbone}, cams={"output_stride": 16}))

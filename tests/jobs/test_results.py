@@ -29,6 +29,10 @@ def test_a_finished_run_gives_every_number(finished_run: str) -> None:
         "pseudo masks",
         "segmenter",
         "all background",
+        "score without ground truth, round 0",
+        "score without ground truth, round 1",
+        "round chosen by it",
+        "background chosen by it",
     }
     table = results_tables([finished_run, finished_run])
     assert table.startswith("| what | split | number | seed 0 | seed 0 | mean | spread |")
@@ -46,14 +50,20 @@ def test_a_run_without_a_background_has_no_thresholds(tmp_path: Path) -> None:
     storage.write_json("config.json", {"rounds": 0, "rng_seed": 3})
     score = {"num_images": 2, "miou": 0.7}
     cams = {**score, "all_gland": {"miou": 0.3}, "all_not gland": {"miou": 0.2}}
-    storage.write_json("rounds/00/cams/scores.json", {"splits": {"val": cams}})
-    storage.write_json("pseudo_masks/scores.json", {"splits": {"train": score}})
-    storage.write_json("evaluation/scores.json", {"splits": {"val": {**score, "miou": 0.8}}})
+    label_free = {"num_images": 3, "score": [0.2]}
+    cams_scores = {"protocol": {}, "splits": {"train": cams, "val": cams}, "label_free": label_free}
+    storage.write_json("rounds/00/cams/scores.json", cams_scores)
+    choice = {"round_index": 0, "threshold": -1.0, "rounds": [{"score": 0.2, "threshold": -1.0}]}
+    storage.write_json("choice/choice.json", {**choice, "mask": {"alpha": 12.0}})
+    storage.write_json("pseudo_masks/scores.json", {"protocol": {}, "splits": {"train": score}})
+    storage.write_json("evaluation/scores.json", {"protocol": {}, "splits": {"val": {**score, "miou": 0.8}}})
     storage.write_json("evaluation/marker.json", {})
     assert scores_of_run(storage) == {
-        ("all gland", "val", "mIoU"): 0.3,
-        ("all not gland", "val", "mIoU"): 0.2,
-        ("CAM, round 0 (parents only)", "val", "mIoU"): 0.7,
+        **{("all gland", split, "mIoU"): 0.3 for split in ("train", "val")},
+        **{("all not gland", split, "mIoU"): 0.2 for split in ("train", "val")},
+        **{("CAM, round 0 (parents only)", split, "mIoU"): 0.7 for split in ("train", "val")},
+        ("score without ground truth, round 0", "sample of train", "score"): 0.2,
+        ("round chosen by it", "", "round"): 0,
         ("pseudo masks", "train", "mIoU"): 0.7,
         ("segmenter", "val", "mIoU"): 0.8,
     }

@@ -11,17 +11,22 @@ from PIL import Image
 
 from cluster.artifacts import Artifact
 from cluster.image_reading import BadRow
-from jobs import cut_tiles, evaluate, make_cams, make_pseudo_masks, predict
+from jobs import choose_round, cut_tiles, evaluate, make_cams, make_pseudo_masks, predict
 from jobs.context import StageContext
 from jobs.make_cams import read_cams
 from jobs.manifest import Manifest
 from jobs.predict import PredictSettings
-from jobs.tile_images import TileScorer, by_image, classes_by_image, spread_channels, tiles_with_masks
+from jobs.sample import sample_ids
+from jobs.tile_images import TileScorer, by_image, classes_by_image, is_of_scored_image, spread_channels
 from jobs.tile_masks import maps_of_image
 from jobs.train_segmenter import _rows_of_tiles, load_segmenter
+from subcat_core.backbones import build_backbone
 from subcat_core.cam import upsample_cam
 from subcat_core.classes import IGNORE
+from subcat_core.classifier import Classifier
+from subcat_core.label_free import LabelFreeGrid
 from subcat_core.metrics import ConfusionMatrix, ThresholdSweep
+from subcat_core.pseudo_mask import PseudoMaskSettings, make_pseudo_mask
 from subcat_core.segmenter import predict_mask
 from subcat_core.windows import predict_windows
 from tests.jobs.tile_runs import (
@@ -33,7 +38,10 @@ from tests.jobs.tile_runs import (
     prepared,
     random_classifier,
     random_segmenter,
+    stored_model,
 )
+
+PLAIN = PseudoMaskSettings(crf=None)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +58,10 @@ def made(
     context = context_of(glas_values(data, output, {**TILES, "segmenter_sees": "tiles"}))
     images = prepared(context)
     tiles = cut_tiles.run(context, images)
-    cams = make_cams.run(context, tiles, 0, random_classifier(context), last=True, images=images)
-    masks = make_pseudo_masks.run(context, images, cams, tiles)
+    classifier = random_classifier(context)
+    cams = make_cams.run(context, tiles, 0, classifier, images)
+    of_train = make_cams.run_train(context, tiles, 0, classifier)
+    masks = make_pseudo_masks.run(context, images, of_train, context.experiment.pseudo_masks.mask, tiles=tiles)
     return context, images, tiles, cams, masks
 
 
@@ -99,6 +109,53 @@ def test_cams_are_scored_on_whole_images(made: Any, data: Path) -> None:
     assert scores["protocol"]["normalise"] == "softmax"
 
 
+def test_sampled_tiles_are_scored_without_ground_truth(made: Any) -> None:
+    """Each by itself, where two classes are tagged; the sample is of tiles."""
+    context, _, tiles, cams, _ = made
+    found = cams.folder.read_json("scores.json")["label_free"]
+    sample = {
+        image_id for ids in sample_ids(tiles, context.experiment.cams.num_label_free).values() for image_id in ids
+    }
+    rows = {row["image_id"]: row for row in tiles.rows("train").to_pylist()}
+    wanted = {image_id for image_id in sample if len(rows[image_id]["labels"]) == 2}
+    assert set(found["images"]) == wanted
+    assert 0 < len(wanted) < len(sample)
+    assert (found["thresholds"], found["best"]["threshold"]) == ([-1.0], -1.0)
+    assert found["best"]["score"] == pytest.approx(np.mean(list(found["images"].values())), abs=1e-6)
+    image_id = next(image_id for image_id, score in found["images"].items() if score > 0.01)
+    stored = pa.concat_tables([cams.folder.read_table(f"{name}.parquet") for name in tiles.shard_names("train")])
+    present, maps = read_cams(stored)[image_id]
+    pixels = np.array(Image.open(rows[image_id]["uri"]))
+    grid = LabelFreeGrid(maps.astype(np.float32), [index + 1 for index in present], pixels, has_background=False)
+    labels = make_pseudo_mask(maps.astype(np.float32), present, pixels, PLAIN, has_background=False).labels
+    assert found["images"][image_id] == pytest.approx(grid.mask_score(labels), abs=0.05)  # cells at the edges differ
+
+
+def test_without_ground_truth_only_the_sample_has_maps(data: Path, tmp_path: Path) -> None:
+    """Images without masks, classes beside a background: a round's maps are those of the sampled tiles."""
+    (tmp_path / "table.csv").write_text(
+        "image_id,image,labels,split\n"
+        + "".join(f"{name},{data}/images/{name}.webp,gland,train\n" for name in SIZES if name.startswith("train"))
+    )
+    values = glas_values(data, str(tmp_path / "out"), {"tile_px": 24, "stride_px": 12}, choice={"strengths": [1.0]})
+    values["prepare"]["source"] = {"kind": "table", "path": str(tmp_path / "table.csv")}
+    values["cams"] = {"cam": {"scales": [1.0]}, "num_label_free": 6}
+    context = context_of(values)
+    images = prepared(context)
+    tiles = cut_tiles.run(context, images)
+    backbone, _ = build_backbone(context.experiment.classifier.backbone)
+    classifier = stored_model(context, "rounds/00/classifier", Classifier(backbone, 1, 0, dropout=0.5), {})
+    cams = make_cams.run(context, tiles, 0, classifier, images)
+    sample = {image_id for ids in sample_ids(tiles, 6).values() for image_id in ids}
+    assert cams.stats()["num_images"] == len(sample) < tiles.num_rows()
+    scores = cams.folder.read_json("scores.json")
+    assert scores["splits"] == {}
+    assert set(scores["label_free"]["images"]) == sample
+    choice = choose_round.run(context, tiles, [cams])
+    assert choice.round_index == 0
+    assert len(choice.artifact.folder.read_json("choice.json")["background"]) == 1
+
+
 def test_pseudo_masks_are_of_whole_images_and_the_plain_means(made: Any, data: Path) -> None:
     _, images, tiles, cams, masks = made
     rows = {row["image_id"]: row for n in images.shard_names("train") for row in
@@ -116,7 +173,8 @@ def test_pseudo_masks_are_of_whole_images_and_the_plain_means(made: Any, data: P
         confusion.update(mask, truth_of(data, image_id))
     scores = masks.folder.read_json("scores.json")
     assert scores["splits"]["train"]["miou"] == pytest.approx(confusion.miou(), abs=1e-6)
-    assert scores["protocol"]["background"] == "none: every pixel has a class"
+    assert scores["protocol"]["threshold"] == "argmax over the tagged classes alone, before 255 is set"
+    assert "annotated masks" in scores["protocol"]["tile_tags"]
     assert masks.stats()["num_images"] == 3
 
 
@@ -201,7 +259,7 @@ def test_softmax_maps_beside_a_background_are_refused(data: Path, tmp_path: Path
     images = prepared(context)
     object.__setattr__(images.classes, "has_background", True)
     with pytest.raises(ValueError, match="nothing background; use"):
-        make_cams.run(context, images, 0, random_classifier(context), last=True)
+        make_cams.run(context, images, 0, random_classifier(context))
 
 
 def test_window_settings_are_checked() -> None:
@@ -268,7 +326,7 @@ def test_ground_truth_that_does_not_fit_is_bad_once() -> None:
 
 def test_tables_of_tiles() -> None:
     assert classes_by_image(TABLE) == {"a": [0, 2], "b": [2]}
-    assert tiles_with_masks(TABLE, IMAGES)["image_id"].to_pylist() == ["a0", "a1", "a2"]
+    assert is_of_scored_image(TABLE, IMAGES).to_pylist() == [True] * 3 + [False] * 3
     groups = [(group.image["image_id"], group.tiles["x_px"].to_pylist()) for group in by_image(TABLE, IMAGES)]
     assert groups == [("a", [0, 1, 2]), ("b", [0, 1, 2])]
     assert [group.image["image_id"] for group in by_image(TABLE, IMAGES.slice(1))] == ["b"]

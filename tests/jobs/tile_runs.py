@@ -84,7 +84,7 @@ def random_classifier(context: StageContext) -> Artifact:
     torch.manual_seed(6)  # its maps of both classes are the larger ones somewhere
     backbone, _ = build_backbone(context.experiment.classifier.backbone)
     model = Classifier(backbone, 2, 0, dropout=0.5)
-    return _stored(context, "rounds/00/classifier", model, {})
+    return stored_model(context, "rounds/00/classifier", model, {})
 
 
 def random_segmenter(context: StageContext) -> Artifact:
@@ -98,10 +98,11 @@ def random_segmenter(context: StageContext) -> Artifact:
         "has_background": False,
         "base_px": trained_px(settings),
     }
-    return _stored(context, "segmenter", model, {"segmenter.json": described})
+    return stored_model(context, "segmenter", model, {"segmenter.json": described})
 
 
-def _stored(context: StageContext, name: str, model: torch.nn.Module, files: dict[str, Any]) -> Artifact:
+def stored_model(context: StageContext, name: str, model: torch.nn.Module, files: dict[str, Any]) -> Artifact:
+    """A folder as a training leaves one."""
     artifact = Artifact(context.storage, name, {"stage": "test"})
     artifact.begin()
     buffer = io.BytesIO()

@@ -155,7 +155,7 @@ def test_frozen_batch_norm_survives_train_copy_and_pickle() -> None:
 
 def test_names_that_are_unknown_or_unfit() -> None:
     for name, message in [
-        ("resnet50", 'expected "timm:NAME" or "torchvision:NAME"'),
+        ("resnet50", 'expected "timm:NAME", "torchvision:NAME" or "subcat:NAME"'),
         ("torchvision:resnet5", "near names: torchvision:resnet50"),
         ("timm:tf_efficientnet_lit0", "near names: timm:tf_efficientnet_lite0"),
         ("torchvision:vgg16", "not known to torchvision"),

@@ -15,6 +15,15 @@ from subcat_core.crf import CrfSettings, dense_crf
 from tests.subcat_core.plain_lattice import gaussian, plain_filter
 
 SETTINGS = CrfSettings()
+# What deeplab-pytorch refines its predictions with.
+DEEPLAB = CrfSettings(
+    iterations=10,
+    spatial_sigma_px=1,
+    spatial_weight=3,
+    bilateral_sigma_px=67,
+    bilateral_sigma_rgb=3,
+    bilateral_weight=4,
+)
 SMALL = CrfSettings(spatial_sigma_px=1.5, bilateral_sigma_px=6, bilateral_sigma_rgb=20, bilateral_weight=4)
 
 
@@ -55,15 +64,17 @@ def _plain_mean_field(probability: np.ndarray, kernels: list[tuple[np.ndarray, f
     return marginals
 
 
-@pytest.mark.parametrize("num_labels", [1, 2, 3, 6])
-def test_equals_mean_field_with_whole_matrices(rng: np.random.Generator, num_labels: int) -> None:
+@pytest.mark.parametrize(("num_labels", "settings"), [(1, SMALL), (2, SMALL), (3, SMALL), (6, SMALL), (3, DEEPLAB)])
+def test_equals_mean_field_with_whole_matrices(
+    rng: np.random.Generator, num_labels: int, settings: CrfSettings
+) -> None:
     image = _photo(12, 17)
     probability = _probability(rng, num_labels, 12, 17)
     identity = np.eye(12 * 17, dtype=np.float32)
-    matrices = [plain_filter(features, identity) for features in _features(image, SMALL)]
-    kernels = list(zip(matrices, [SMALL.spatial_weight, SMALL.bilateral_weight], strict=True))
-    expected = _plain_mean_field(probability, kernels, SMALL.iterations).reshape(probability.shape)
-    found = dense_crf(probability, image, SMALL)
+    matrices = [plain_filter(features, identity) for features in _features(image, settings)]
+    kernels = list(zip(matrices, [settings.spatial_weight, settings.bilateral_weight], strict=True))
+    expected = _plain_mean_field(probability, kernels, settings.iterations).reshape(probability.shape)
+    found = dense_crf(probability, image, settings)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-4)
 

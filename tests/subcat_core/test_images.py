@@ -213,6 +213,45 @@ def test_augment_keeps_image_and_mask_together(rng: np.random.Generator) -> None
     assert len(flipped) > 2
 
 
+def test_augment_draws_one_of_the_scales(rng: np.random.Generator) -> None:
+    """Sizes as deeplab-pytorch has them: int(side * scale)."""
+    settings = AugmentSettings(scales=(0.5, 1.0, 1.5), crop_px=128, jitter=(0.0,) * 4)
+    seen = set()
+    for _ in range(40):
+        crop, _ = augment(np.full((41, 60, 3), 200, np.uint8), settings, rng, pad_rgb=(1, 2, 3))
+        inside = (crop == 200).all(axis=0)
+        seen.add((int(inside.any(axis=1).sum()), int(inside.any(axis=0).sum())))
+    assert seen == {(20, 30), (41, 60), (61, 90)}
+    assert settings.middle_px is None
+    assert AugmentSettings(resize_min_px=100, resize_max_px=201).middle_px == 150
+
+
+def test_augment_pads_at_the_end_before_the_flip(rng: np.random.Generator) -> None:
+    mask = np.zeros((40, 30), np.uint8)
+    mask[:, 0] = 1
+    image = np.repeat((mask * 200 + 9)[..., None], 3, axis=2)
+    settings = AugmentSettings(scales=(1.0,), crop_px=50, pad="end", jitter=(0.0,) * 4)
+    lefts = set()
+    for _ in range(12):
+        crop, mask_crop = augment(image, settings, rng, pad_rgb=(77, 77, 77), mask=mask)
+        assert mask_crop is not None
+        assert np.array_equal(mask_crop == IGNORE, crop[0] == 77)
+        assert np.array_equal(mask_crop == 1, crop[0] == 209)
+        assert (mask_crop != IGNORE).any(axis=1).tolist() == [True] * 40 + [False] * 10
+        lefts.add(int(np.flatnonzero((mask_crop == 1).any(axis=0))[0]))
+        columns = np.flatnonzero((mask_crop != IGNORE).any(axis=0))
+        assert (columns[0], columns[-1]) in ((0, 29), (20, 49))
+    assert lefts == {0, 49}  # as it is, and mirrored with its padding
+
+
+def test_padding_at_the_end_leaves_the_places_of_large_images(rng: np.random.Generator) -> None:
+    image = picture(rng, 60, 80)
+    for settings in (AugmentSettings(crop_px=32), AugmentSettings(crop_px=32, scales=(1.0,))):
+        at_end = settings.model_copy(update={"pad": "end"})
+        one, two = (augment(image, chosen, np.random.default_rng(3), pad_rgb=GREY)[0] for chosen in (settings, at_end))
+        assert np.array_equal(one, two)
+
+
 def test_augment_depends_on_the_generator_alone(rng: np.random.Generator) -> None:
     image, settings = picture(rng), AugmentSettings(crop_px=48)
     one, two, three = (augment(image, settings, np.random.default_rng(seed), pad_rgb=GREY)[0] for seed in (1, 1, 2))

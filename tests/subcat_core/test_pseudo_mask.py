@@ -9,7 +9,14 @@ from pydantic import ValidationError
 from subcat_core.cam import cam_to_labels, upsample_cam
 from subcat_core.classes import IGNORE
 from subcat_core.crf import CrfSettings
-from subcat_core.pseudo_mask import PseudoMaskSettings, class_probability, make_pseudo_mask, with_background
+from subcat_core.pseudo_mask import (
+    PseudoMaskSettings,
+    class_probability,
+    labels_of_scores,
+    make_pseudo_mask,
+    mask_of_scores,
+    with_background,
+)
 
 PLAIN = PseudoMaskSettings(crf=None)
 
@@ -157,3 +164,18 @@ def test_probability_is_what_the_mask_is_made_of(rng: np.random.Generator) -> No
         pseudo = make_pseudo_mask(cam, [3, 1], image, settings)
         np.testing.assert_array_equal(pseudo.labels, ids[probability.argmax(axis=0)])
         np.testing.assert_array_equal(pseudo.mask == IGNORE, probability.max(axis=0) < settings.min_confidence)
+
+
+def test_a_crf_without_kernels_is_none(rng: np.random.Generator) -> None:
+    scores, image = rng.random((3, 9, 7)).astype(np.float32), rng.integers(0, 256, (9, 7, 3)).astype(np.uint8)
+    none = CrfSettings(spatial_weight=0, bilateral_weight=0)
+    found = mask_of_scores(scores, [4, 1], image, PseudoMaskSettings(crf=none))
+    plain = mask_of_scores(scores, [4, 1], image, PLAIN)
+    np.testing.assert_array_equal(found.mask, plain.mask)
+    np.testing.assert_array_equal(plain.labels, labels_of_scores(scores, [4, 1]))
+    assert found.confidence == pytest.approx(plain.confidence, rel=1e-5)
+
+
+def test_labels_of_scores_by_hand() -> None:
+    scores = np.array([[[0.5, 0.1, 0.2]], [[0.4, 0.3, 0.2]], [[0.1, 0.6, 0.2]]])
+    assert labels_of_scores(scores, [4, 1]).tolist() == [[0, 2, 0]]

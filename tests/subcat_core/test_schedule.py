@@ -52,6 +52,14 @@ def test_parameter_groups_hold_all_that_is_trained_once() -> None:
     assert [group["lr_factor"] for group in parameter_groups(trunk, [head])] == [10.0, 20.0]
 
 
+def test_the_rate_may_be_refreshed_every_so_many_steps() -> None:
+    trunk, head = net()
+    sgd = build_sgd(parameter_groups(trunk, [head]), lr=0.1, momentum=0.9, weight_decay=0.0)
+    rates = [set_poly_lr(sgd, lr=0.1, step=step, total_steps=8, power=1.0, refresh_every=3) for step in range(8)]
+    assert rates == pytest.approx([0.1] * 3 + [0.0625] * 3 + [0.025] * 2)
+    assert sgd.param_groups[-1]["lr"] == pytest.approx(0.5)  # of the head's bias, 20 times
+
+
 def test_steps_agree_with_plain_sgd() -> None:
     trunk, head = net()
     twin = copy.deepcopy(head)

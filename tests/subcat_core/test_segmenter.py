@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.models
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -21,6 +22,7 @@ from subcat_core.segmenter import (
     Segmenter,
     SegmenterSettings,
     build_segmenter,
+    multi_scale_loss,
     predict_mask,
     segmentation_loss,
 )
@@ -44,7 +46,7 @@ class Colours(Segmenter):
         super().__init__()
         self.backbone = nn.Identity()
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
         images = images.float() / 255
         return torch.stack([torch.full_like(images[:, 0], 0.5), images[:, 0], images[:, 1]], dim=1) * 20
 
@@ -166,6 +168,49 @@ def test_nothing_to_learn_gives_zero_loss_and_zero_gradient(weight: torch.Tensor
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
+def test_loss_at_the_logits_by_hand() -> None:
+    # Two cells of two pixels each; Pillow's nearest takes the second pixel of each: class 1 and IGNORE.
+    logits = torch.tensor([[[[0.0, 50.0]], [[math.log(3.0), 0.0]]]])
+    masks = torch.tensor([[[0, 1, 0, IGNORE]]], dtype=torch.uint8)
+    assert segmentation_loss(logits, masks, loss_at="logits").item() == pytest.approx(math.log(4 / 3))
+
+
+def test_losses_of_all_scales_are_summed_as_in_the_plain_version() -> None:
+    """deeplab-pytorch's: each mask through Pillow to the size of the logits, a mean for each of three scales and their
+    maximum, and the sum of the four.
+    """
+    torch.manual_seed(0)
+    logits = [torch.randn(2, 4, side, side, dtype=torch.float64) for side in (11, 6, 9)]
+    masks = torch.randint(0, 4, (2, 41, 41), dtype=torch.uint8)
+    masks[0, :20] = IGNORE
+    resized = [F.interpolate(item, (11, 11), mode="bilinear", align_corners=False) for item in logits]
+    expected = 0.0
+    for output in [*logits, torch.stack(resized).amax(dim=0)]:
+        size = (output.shape[3], output.shape[2])
+        targets = [np.array(Image.fromarray(mask.numpy()).resize(size, Image.Resampling.NEAREST)) for mask in masks]
+        total, count = 0.0, 0
+        for image, target in zip(output, targets, strict=True):
+            for row, column in zip(*np.nonzero(target != IGNORE), strict=True):
+                cell = image[:, row, column]
+                total += (torch.logsumexp(cell, 0) - cell[target[row, column]]).item()
+                count += 1
+        expected += total / count
+    assert multi_scale_loss(logits, masks, loss_at="logits").item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_scales_of_the_forward_pass(architecture: Architecture) -> None:
+    model = build(architecture).eval()
+    images = torch.randint(0, 256, (1, 3, 64, 48), dtype=torch.uint8)
+    half = F.interpolate(images.float(), (32, 24), mode="bilinear", align_corners=False)
+    with torch.inference_mode():
+        whole, small = model(images, (1.0, 0.5))
+        assert torch.equal(whole, model(images))
+        torch.testing.assert_close(small, model(half))
+        loss = segmentation_loss(whole, torch.zeros(1, 64, 48, dtype=torch.uint8))
+        torch.testing.assert_close(multi_scale_loss([whole], torch.zeros(1, 64, 48, dtype=torch.uint8)), loss)
+
+
 def test_prediction_by_hand() -> None:
     image = np.zeros((6, 9, 3), np.uint8)
     image[:, 3:6, 0], image[:, 6:, 1] = 255, 255
@@ -202,6 +247,25 @@ def test_prediction_agrees_with_the_plain_version(
         model, image, allowed_class_ids=tags, crf=lambda probability, _: given.append(probability) or probability
     )
     np.testing.assert_allclose(given[0], expected[[0, 1, 3] if tags else slice(None)], atol=1e-5)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_prediction_by_the_largest_logit_agrees_with_the_plain_version(rng: np.random.Generator, flip: bool) -> None:
+    """deeplab-pytorch's test: the maximum over scales at the size of the first one's logits, then one softmax."""
+    model = build("deeplabv2", stride=8).eval()
+    image = rng.integers(0, 256, (40, 61, 3), dtype=np.uint8)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    maps = []
+    with torch.inference_mode():
+        for size in [(40, 61), (20, 30), (30, 45)]:
+            view = F.interpolate(pixels, size, mode="bilinear", align_corners=False)
+            maps += [model(view)] + ([model(view.flip(3)).flip(3)] if flip else [])
+        resized = [F.interpolate(item, maps[0].shape[2:], mode="bilinear", align_corners=False) for item in maps]
+        largest = torch.stack(resized).amax(dim=0)
+        expected = F.interpolate(largest, (40, 61), mode="bilinear", align_corners=False)[0].softmax(dim=0).numpy()
+    mask, confidence = predict_mask(model, image, scales=(1.0, 0.5, 0.75), merge="max", flip=flip)
+    np.testing.assert_allclose(confidence, expected.max(axis=0), atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(expected, mask[None].astype(int), 0)[0], confidence, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows_per_strip", [1, 2, 7, 39])

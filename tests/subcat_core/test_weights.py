@@ -69,6 +69,14 @@ def test_finds_the_state_dict_in_checkpoints(state: dict[str, torch.Tensor], tmp
     assert load_weights(small_net(), save(wrap(parallel), tmp_path / "net.pt")).num_loaded == 7
 
 
+def test_prefixes_of_wrappers_are_taken_off(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    for prefix in ("module.", "base.", "module.base."):
+        wrapped = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+        assert load_weights(small_net(), save(wrapped, tmp_path / "net.pt")).num_loaded == 7
+    with pytest.raises(ValueError, match="another architecture"):
+        load_weights(small_net(), save({**state, "base.extra": torch.zeros(1)}, tmp_path / "net.pt"))
+
+
 def test_allowed_differences_are_accounted_for(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     state["fc.weight"] = torch.zeros(2, 4)
     del state["0.bias"], state["1.num_batches_tracked"]

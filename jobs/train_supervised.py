@@ -1,0 +1,127 @@
+"""The same segmenter trained on the full masks of the same images: what tags are measured against.
+
+Reads:   manifest (train), pseudo_masks (which images they cover), the annotated masks of those images
+Writes:  supervised/segmenter, supervised/predictions, supervised/evaluation, as the stages of the segmenter do
+Runs on: as train_segmenter, predict and evaluate
+
+Nothing of it goes back into the run: it is a yardstick, made where `[supervised]` stands in the config. Where the
+segmenter sees tiles, so does the yardstick, with the full masks cut alike (supervised_tiles.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.artifacts import Artifact
+from cluster.storage import Storage
+from jobs import evaluate, predict
+from jobs.context import StageContext
+from jobs.joins import with_column
+from jobs.manifest import Manifest
+from jobs.train_segmenter import pseudo_mask_rows, train_on
+from subcat_core.classes import ClassTable
+from subcat_core.settings import Settings
+
+FOLDER = "supervised"
+_NO_MASK = (
+    "[supervised]: no image of the train split has an annotated mask in the manifest; "
+    "give supervised.masks_folder, or leave the section out"
+)
+
+
+class SupervisedSettings(Settings):
+    """Which full masks train the yardstick."""
+
+    masks_folder: str | None = None
+    """Folder or s3:// prefix of <image_id>.png, in the values of the data set's own masks; null: the masks that the
+    manifest names, where an image without one is left out."""
+
+
+def full_mask_rows(manifest: Manifest, pseudo_masks: Artifact, settings: SupervisedSettings) -> pa.Table:
+    """image_id, uri and mask_uri of the images that train the segmenter, with their annotated masks.
+
+    Raises ValueError where none has one.
+    """
+    images = pseudo_mask_rows(manifest, pseudo_masks).drop_columns(["mask_uri"])
+    if settings.masks_folder is not None:
+        folder = Storage(settings.masks_folder)
+        uris = [folder.uri(f"{image_id}.png") for image_id in images["image_id"].to_pylist()]
+        return images.append_column("mask_uri", pa.array(uris, pa.string()))
+    rows = with_column(images, manifest.rows("train", ["image_id", "mask_uri"]), "mask_uri")
+    rows = rows.filter(pc.is_valid(rows["mask_uri"]))
+    if not rows.num_rows:
+        raise ValueError(_NO_MASK)
+    return rows
+
+
+def full_mask_tiles(manifest: Manifest, pseudo_masks: Artifact, tiles: Manifest, tile_masks: Artifact) -> pa.Table:
+    """image_id, uri and mask_uri of the tiles that train the segmenter, with their part of the annotated masks.
+
+    Raises ValueError where there is none.
+    """
+    rows = pseudo_mask_rows(manifest, pseudo_masks, tiles).drop_columns(["mask_uri"])
+    names = tiles.shard_names("train")
+    masks = pa.concat_tables([tile_masks.folder.read_table(f"{name}.parquet") for name in names])
+    rows = with_column(rows, masks, "mask_uri")
+    if not rows.num_rows:
+        raise ValueError(_NO_MASK)
+    return rows
+
+
+def train(
+    context: StageContext,
+    manifest: Manifest,
+    pseudo_masks: Artifact,
+    tiles: Manifest | None = None,
+    tile_masks: Artifact | None = None,
+) -> Artifact:
+    """The yardstick's training. tiles, tile_masks: where the segmenter sees tiles, with what supervised_tiles cut.
+
+    Raises ValueError where no image has a full mask.
+    """
+    settings = context.experiment.supervised
+    assert settings is not None
+    masks: dict[str, Any] = {
+        "manifest": manifest.fingerprint,
+        "pseudo_masks_of": pseudo_masks.output_fingerprint,
+        "supervised": settings.model_dump(mode="json"),
+    }
+    classes = manifest.classes
+    if tile_masks is not None:
+        masks["tile_masks"] = tile_masks.output_fingerprint
+        classes = ClassTable(classes.names, has_background=classes.has_background)  # they hold class ids
+
+    def rows() -> pa.Table:
+        if tiles is None or tile_masks is None:
+            return full_mask_rows(manifest, pseudo_masks, settings)
+        return full_mask_tiles(manifest, pseudo_masks, tiles, tile_masks)
+
+    return train_on(
+        context,
+        manifest,
+        rows,
+        masks=masks,
+        classes=classes,
+        name=f"{FOLDER}/segmenter",
+        stage="train_supervised",
+    )
+
+
+def predict_masks(context: StageContext, manifest: Manifest, segmenter: Artifact) -> Artifact:
+    """The yardstick's masks."""
+    return predict.run(context, manifest, segmenter, name=f"{FOLDER}/predictions", stage="predict_supervised")
+
+
+def score(context: StageContext, manifest: Manifest, predictions: Artifact) -> Artifact:
+    """The yardstick's scores."""
+    return evaluate.run(
+        context,
+        manifest,
+        predictions,
+        name=f"{FOLDER}/evaluation",
+        stage="evaluate_supervised",
+        supervision="full masks of the images that have a pseudo mask",
+    )

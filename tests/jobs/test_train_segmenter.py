@@ -1,0 +1,74 @@
+"""What the segmenter's training adds to the worker loop: crops of image and mask, and losses at several scales."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from jobs.train_segmenter import SegmenterStageSettings, SegmenterTrainee, trained_px
+from subcat_core.backbones import BackboneSettings
+from subcat_core.classes import IGNORE
+from subcat_core.images import AugmentSettings
+from subcat_core.segmenter import SegmenterSettings, multi_scale_loss
+
+PUBLISHED_CROP = AugmentSettings(scales=(0.5, 1.0), crop_px=64, pad="end", jitter=(0.0, 0.0, 0.0, 0.0))
+
+
+def trainee(name: str = "torchvision:resnet18", **model: object) -> SegmenterTrainee:
+    backbone = BackboneSettings(name=name, weights="none", output_stride=8)
+    settings = SegmenterSettings.model_validate({"backbone": backbone, **model})
+    return SegmenterTrainee(SegmenterStageSettings(model=settings, augment=PUBLISHED_CROP), 2)
+
+
+def batch(rng: np.random.Generator, weight: tuple[float, ...] = (1.0, 1.0)) -> dict[str, torch.Tensor]:
+    return {
+        "image": torch.from_numpy(rng.integers(0, 256, (2, 3, 64, 64), dtype=np.uint8)),
+        "mask": torch.from_numpy(rng.choice(np.array([0, 1, 2, IGNORE], np.uint8), (2, 64, 64))),
+        "weight": torch.tensor(weight),
+    }
+
+
+def test_the_published_loss_sums_four_and_reaches_every_parameter(rng: np.random.Generator) -> None:
+    of_three = trainee(train_scales=(1.0, 0.5, 0.75), loss_at="logits")
+    torch.manual_seed(0)
+    model = of_three.build_model().eval()
+    inputs = batch(rng)
+    loss, scalars = of_three.loss(model, inputs)
+    expected = multi_scale_loss(model(inputs["image"], (1.0, 0.5, 0.75)), inputs["mask"], loss_at="logits")
+    torch.testing.assert_close(loss, expected)
+    assert scalars["loss"] == loss
+    single, _ = trainee().loss(model, inputs)
+    assert loss > 2 * single
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("loss_at", ["mask", "logits"])
+def test_bad_images_count_nothing_at_any_scale(rng: np.random.Generator, loss_at: str) -> None:
+    of_two = trainee(train_scales=(1.0, 0.5), loss_at=loss_at)
+    torch.manual_seed(0)
+    model = of_two.build_model().eval()
+    inputs = batch(rng, (1.0, 0.0))
+    alone = {name: tensor[:1] for name, tensor in inputs.items()}
+    torch.testing.assert_close(of_two.loss(model, inputs)[0], of_two.loss(model, alone)[0])
+    assert of_two.loss(model, batch(rng, (0.0, 0.0)))[0].item() == 0
+
+
+def test_a_sample_is_padded_with_the_networks_mean(tmp_path: Path, rng: np.random.Generator) -> None:
+    Image.fromarray(np.full((40, 30, 3), 7, np.uint8)).save(tmp_path / "image.png")
+    Image.fromarray(np.ones((40, 30), np.uint8)).save(tmp_path / "mask.png")
+    row = {"uri": str(tmp_path / "image.png"), "mask_uri": str(tmp_path / "mask.png")}
+    sample = trainee("subcat:resnet101-caffe").make_sample(row, rng)
+    outside = sample["mask"] == IGNORE
+    assert (~outside).sum() in (40 * 30, 20 * 15)
+    assert (sample["image"][:, ~outside] == 7).all()
+    assert (sample["image"][:, outside].T == (123, 117, 104)).all()
+
+
+def test_factors_of_an_images_own_size_leave_prediction_at_it() -> None:
+    assert trained_px(trainee().settings) is None
+    assert trained_px(SegmenterStageSettings()) == 336
