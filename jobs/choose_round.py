@@ -34,6 +34,8 @@ from subcat_core.settings import Settings
 
 FOLDER = "choice"
 RESULT = "choice.json"
+_FEWEST = 20  # images, below which a mean over them says little
+_BACKGROUND = {"background", "alpha", "background_score"}
 
 
 class ChoiceSettings(Settings):
@@ -44,12 +46,12 @@ class ChoiceSettings(Settings):
     num_errors: float = Field(default=2.0, ge=0)
     """A round is kept where the mean difference on the same images exceeds this many of its standard errors."""
     background: Literal["label_free", "config"] = "label_free"
-    """label_free: alpha (or background_score) of the pseudo masks by the score of the masks that they give on a part of
-    the sample. config: pseudo_masks.mask as it stands."""
+    """label_free: alpha (or background_score) by the score of the masks that it gives on a part of the sample; what
+    pseudo_masks.mask says of it is not looked at. config: as it stands there. With [affinity] the walk has its own."""
     strengths: tuple[float, ...] = Field(default=(1.0, 0.85, 0.7, 0.55), min_length=1)
     """Candidates for background, as factors of the threshold that the round's maps score best at. 1 breaks even with a
     map at that threshold; less makes more foreground, which the dense CRF then cuts to the edges."""
-    num_masks: int = Field(default=64, ge=1)
+    num_masks: int = Field(default=80, ge=1)
     """Images of the sample that the candidates are tried on; each costs a pseudo mask a candidate."""
 
 
@@ -94,15 +96,27 @@ def run(context: StageContext, manifest: Manifest, cams: Sequence[Artifact]) -> 
     """Choose among the rounds, whose CAMs are given in their order."""
     experiment = context.experiment
     settings, mask = experiment.choice, experiment.pseudo_masks.mask
+    tries = settings.background == "label_free" and experiment.affinity is None  # a walk has a background of its own
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
         scores = [round_cams.folder.read_json("scores.json")["label_free"] for round_cams in cams]
         steps, kept = choose_round(scores, settings)
         threshold = scores[kept]["best"]["threshold"]
-        result: dict[str, Any] = {"round_index": kept, "threshold": threshold, "rounds": steps}
+        if min(len(score["images"]) for score in scores) < _FEWEST:
+            context.progress.note(
+                f"warning: fewer than {_FEWEST} images of the sample could be scored in some round; the choice of "
+                f"round {kept} and of its background says little"
+            )
+        result: dict[str, Any] = {
+            "round_index": kept,
+            "round_by": settings.round,
+            "background_by": "label_free" if tries else "config" if experiment.affinity is None else "walk",
+            "threshold": threshold,
+            "rounds": steps,
+        }
         stats: dict[str, Any] = {"round": kept, "threshold": threshold}
         chosen = mask
-        if settings.background == "label_free" and experiment.affinity is None:  # a walk has a background of its own
+        if tries:
             candidates = background_candidates(mask, threshold, settings.strengths)
             means, streamed = _try_candidates(context, manifest, artifact, cams[kept], kept, candidates)
             stats |= streamed
@@ -112,10 +126,11 @@ def run(context: StageContext, manifest: Manifest, cams: Sequence[Artifact]) -> 
                 {"alpha": each.alpha, "background_score": each.background_score, "score": round(mean, 6)}
                 for each, mean in zip(candidates, means, strict=True)
             ]
-        result["mask"] = chosen.model_dump(mode="json")
+        result["mask"] = chosen.model_dump(mode="json", include=_BACKGROUND)
         stats["background"] = chosen.alpha if chosen.background == "power" else chosen.background_score
         artifact.folder.write_json(RESULT, result)
         child.log_metrics({"choose_round/round": float(kept), "choose_round/threshold": threshold})
+        child.log_text(RESULT, json.dumps(result, indent=2))
         return stats
 
     artifact = complete(
@@ -123,16 +138,16 @@ def run(context: StageContext, manifest: Manifest, cams: Sequence[Artifact]) -> 
         name=FOLDER,
         stage="choose_round",
         inputs={
-            "settings": settings.model_dump(mode="json"),
-            "mask": mask.model_dump(mode="json"),
-            "walk": experiment.affinity is not None,
+            "settings": settings.model_dump(mode="json", include=None if tries else {"round", "num_errors"}),
+            "mask": mask.model_dump(mode="json", exclude={"alpha", "background_score"}) if tries else None,
             "manifest": manifest.fingerprint,
             "cams": [round_cams.output_fingerprint for round_cams in cams],
         },
         work=work,
     )
     result = artifact.folder.read_json(RESULT)
-    return Choice(artifact, result["round_index"], PseudoMaskSettings.model_validate_json(json.dumps(result["mask"])))
+    chosen = mask.model_copy(update=result["mask"]) if tries else mask
+    return Choice(artifact, result["round_index"], chosen)
 
 
 def choose_round(scores: Sequence[dict[str, Any]], settings: ChoiceSettings) -> tuple[list[dict[str, Any]], int]:
@@ -192,8 +207,8 @@ def _try_candidates(
     experiment = context.experiment
     num_sampled = experiment.for_round(round_index).cams.num_label_free
     sample = sample_ids(manifest, num_sampled)
-    every = max(1, num_sampled // experiment.choice.num_masks)
-    ids = frozenset([image_id for of_shard in sample.values() for image_id in of_shard][::every])
+    whole, num_masks = [image_id for of_shard in sample.values() for image_id in of_shard], experiment.choice.num_masks
+    ids = frozenset(whole[:: max(1, len(whole) // num_masks)][:num_masks])
     scores: dict[str, list[float]] = {}
 
     def fold(summary: ShardSummary) -> None:

@@ -74,8 +74,12 @@ def run(
     name: str = "evaluation",
     stage: str = "evaluate",
     supervision: str = TAGS,
+    segmenter: str = "segmenter",
 ) -> Artifact:
-    """Scores of the run's predictions, by split. name: the folder to write. supervision: for the protocol."""
+    """Scores of the run's predictions, by split. name: the folder to write. supervision: for the protocol.
+
+    segmenter: the folder of the one that predicted.
+    """
     experiment = context.experiment
     splits = experiment.predict.splits
     shards = [shard.name for shard in manifest.shards if shard.split in splits and shard.num_masks]
@@ -107,7 +111,10 @@ def run(
             base_px=experiment.predict.base_px or trained_px(experiment.segmenter),
             weights=experiment.segmenter.model.backbone.weights,
             rng_seed=experiment.rng_seed,
-            details={"merge": experiment.predict.merge},
+            details={
+                "merge": experiment.predict.merge,
+                "num_train_images": context.storage.read_json(f"{segmenter}/segmenter.json")["num_train_images"],
+            },
         ).to_json()
         child.log_params({f"protocol.{key}": value for key, value in protocol.items()})
         scores = evaluation_scores(confusions.by_split, protocol)

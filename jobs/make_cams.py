@@ -175,11 +175,11 @@ def run(context: StageContext, manifest: Manifest, round_index: int, classifier:
     """CAMs of one round, of the images that rounds are compared by."""
     experiment = context.experiment
     settings = experiment.cams
-    sample = sample_ids(manifest, settings.num_label_free)
-    shards = sorted({*manifest.shard_names(with_masks=True), *sample})
-    in_sample = frozenset(image_id for ids in sample.values() for image_id in ids)
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
+        sample = sample_ids(manifest, settings.num_label_free)
+        shards = sorted({*manifest.shard_names(with_masks=True), *sample})
+        in_sample = frozenset(image_id for ids in sample.values() for image_id in ids)
         sweeps, plain_sweeps = SplitSweeps(manifest, "sweep"), SplitSweeps(manifest, "plain_sweep")
         label_free: dict[str, list[float]] = {}
 

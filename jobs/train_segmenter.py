@@ -144,6 +144,7 @@ def train_on(
                 "model": settings.model.model_dump(mode="json"),
                 "classes": list(classes.names),
                 "base_px": trained_px(settings),
+                "num_train_images": table.num_rows,
             },
         )
         total = settings.optimiser.length(table.num_rows).num_images

@@ -5,8 +5,8 @@ Ours, not the paper's. The score of an image is the product of two shares of exp
     that say yes or no get more than maps that fade, and the threshold in the valley of their histogram gets most;
     of the colours, by the regions (background and each class): regions that follow the picture get more than regions
     that cut through it.
-No network is asked, so maps of different classifiers are measured with one ruler. docs/results.md has the rank
-correlation with the true mIoU; docs/log.md what else was tried.
+No network is asked, so maps of different classifiers are measured with one ruler. docs/log.md has the rank correlation
+with the true mIoU and what else was tried; `subcat results` prints it for finished runs.
 """
 
 from __future__ import annotations
@@ -49,10 +49,12 @@ def region_score(strongest: np.ndarray, colours: np.ndarray, regions: np.ndarray
 class LabelFreeGrid:
     """One image and its maps on a grid of CELLS cells along the short side, ready to score thresholds and masks.
 
-    cam: (n, h, w) float in 0..1 of the n present classes. class_ids: theirs. image: (H, W, 3) uint8 RGB.
+    cam: (n, h, w) float in 0..1 of the n present classes, at least one. class_ids: theirs. image: (H, W, 3) uint8 RGB.
     """
 
     def __init__(self, cam: np.ndarray, class_ids: Sequence[int] | np.ndarray, image: np.ndarray) -> None:
+        if not len(cam) or len(cam) != len(class_ids):
+            raise ValueError(f"got {len(cam)} maps for {len(class_ids)} classes; expected one each, and at least one")
         height, width = image.shape[:2]
         scale = min(1.0, CELLS / min(height, width))
         self.size = (max(1, round(height * scale)), max(1, round(width * scale)))
