@@ -57,7 +57,7 @@ class BackboneTaps:
             module.training = mode
         if len(maps) < at_least or any(tap.ndim != 4 for tap in maps):
             raise ValueError(
-                f"backbone {self.backbone.name!r} gives {len(maps)} maps of (N, D, h, w), expected at least {at_least}; "
+                f"backbone {self.backbone.name!r} gives {len(maps)} maps of (N, D, h, w), expected {at_least} or more; "
                 "take one such as torchvision:resnet50 or timm:tf_efficientnet_lite0"
             )
         return tuple(int(tap.shape[1]) for tap in maps)
