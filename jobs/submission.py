@@ -44,7 +44,7 @@ def submit(
     config: Annotated[
         str | None,
         typer.Option(
-            help="TOML config whose sections predict, stream and cluster --model goes by; default: as its run predicted."
+            help="TOML config whose sections predict, stream and cluster count; default: as its run predicted."
         ),
     ] = None,
     predictions: Annotated[
@@ -73,7 +73,7 @@ def submit(
 def _predict(
     rows: list[dict[str, Any]], model: Storage, output: Storage, config: str | None, overrides: list[str], verbose: bool
 ) -> None:
-    """Masks of the rows into output/png, by the settings of a config, or in this process as the model's run predicted."""
+    """Masks of the rows into output/png, by the settings of a config, or in this process as its run predicted."""
     settings, stream, cluster = _settings_of_run(model), StreamSettings(num_actors=0), ClusterSettings()
     if config is not None:
         experiment = load_experiment(config, overrides)
