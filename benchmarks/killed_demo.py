@@ -1,8 +1,9 @@
 """`make killed-demo`: the demo killed with SIGKILL in the middle of every stage and called again, beside the whole one.
 
-Each kill waits until a stage has begun to write and has no marker yet; the driver and its process group die at once,
-and so do Ray's processes, which belong to its session. What is printed: where the kills fell, and whether every score
-of the final table equals that of the run that nobody disturbed (made first, unless it is there).
+Each kill waits until a stage has begun (its first output, or a second and a half where it writes at its end) and has no
+marker yet; the driver and its process group die at once, and so do Ray's processes, which belong to its session. What
+is printed: where the kills fell, and whether every score of the final table equals that of the run that nobody
+disturbed. The exit code is 1 where a stage was complete before it could be killed, or a score differs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from jobs.pipeline import StagePlan, plan
 
 _RECORDS = ("started.json", "marker.json", "segmenter.json")  # written before the work itself, or after it
 _POLL_S = 0.05
+_BEGUN_S = 1.5  # after its first record, a stage is at work
 
 
 def main() -> int:
@@ -32,15 +34,15 @@ def main() -> int:
     if killed.exists():
         print(f"{killed} is there already: delete it to begin anew", file=sys.stderr)
         return 2
-    if not (whole / "evaluation/marker.json").exists():
-        _finish(_start(whole))
-    for step in plan(load_experiment("configs/demo.toml")):
-        if step.stage != "report":  # made again on every call, so it has no middle
-            _kill_in(step, killed)
+    _finish(_start(whole))  # skips what is complete, and refuses an output of other settings
+    steps = [step for step in plan(load_experiment("configs/demo.toml")) if step.stage != "report"]
+    missed = [_name(step) for step in steps if not _kill_in(step, killed)]  # the report has no middle
     _finish(_start(killed))
-    different = [name for name in _scored(whole) if _read(whole / name) != _read(killed / name)]
-    print(f"scores that differ from the undisturbed run: {', '.join(different) or 'none'}")
-    return 1 if different else 0
+    scored = _scored(whole)
+    different = [name for name in scored if _read(whole / name) != _read(killed / name)]
+    print(f"stages: {len(steps)}; complete before they could be killed: {', '.join(missed) or 'none'}")
+    print(f"files of scores: {len(scored)}; different from the undisturbed run: {', '.join(different) or 'none'}")
+    return 1 if different or missed or not scored else 0
 
 
 def _start(output: Path) -> subprocess.Popen[bytes]:
@@ -53,8 +55,8 @@ def _finish(process: subprocess.Popen[bytes]) -> None:
         raise SystemExit(f"the demo ended with exit code {process.returncode}")
 
 
-def _kill_in(step: StagePlan, output: Path) -> None:
-    """Start the run and kill it once the stage has written a part of its output."""
+def _kill_in(step: StagePlan, output: Path) -> bool:
+    """Start the run and kill it once the stage has begun; whether its output was still unfinished then."""
     folder, name = output / step.folder, _name(step)
     process, started = _start(output), time.monotonic()
     while not _has_begun(folder):
@@ -67,12 +69,17 @@ def _kill_in(step: StagePlan, output: Path) -> None:
             each.send_signal(signal.SIGKILL)
     process.wait()
     psutil.wait_procs(members, timeout=30)
-    state = "already complete" if (folder / "marker.json").exists() else "half done"
+    half_done = not (folder / "marker.json").exists()
+    state = "half done" if half_done else "already complete"
     print(f"killed {len(members)} processes in {name} ({state}) after {time.monotonic() - started:.0f} s", flush=True)
+    return half_done
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether anything but records lies in the folder: a shard, a checkpoint, a file of the import."""
+    """Whether a shard, a checkpoint or a file of the import lies in the folder, or it was begun some time ago."""
+    begun = folder / "started.json"
+    if begun.exists() and time.time() - begun.stat().st_mtime > _BEGUN_S:
+        return True
     return any(path.is_file() and path.name not in _RECORDS for path in folder.rglob("*"))
 
 

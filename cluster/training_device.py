@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.trainee import OptimiserSettings, TrainContext
 from subcat_core.freezing import freeze_batch_norm
+from subcat_core.macs import is_depthwise
 
 
 def choose_precision(precision: str, device: torch.device, model: torch.nn.Module) -> torch.dtype:
@@ -28,9 +29,7 @@ def choose_precision(precision: str, device: torch.device, model: torch.nn.Modul
     able = torch.cpu.get_capabilities()
     if not (able.get("avx512_bf16") or able.get("amx_bf16")):
         return torch.float32
-    convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
-    num_depthwise = sum(convolution.groups == convolution.in_channels > 1 for convolution in convolutions)
-    return torch.float32 if 4 * num_depthwise > len(convolutions) else torch.bfloat16
+    return torch.float32 if is_depthwise(model) else torch.bfloat16
 
 
 def place_model(model: torch.nn.Module, optimiser: OptimiserSettings, context: TrainContext) -> torch.nn.Module:

@@ -35,6 +35,8 @@ from subcat_core.settings import Settings
 
 FOLDER = "choice"
 RESULT = "choice.json"
+_FEWEST = 20  # images, below which a mean over them says little
+_BACKGROUND = {"background", "alpha", "background_score"}
 
 
 class ChoiceSettings(Settings):
@@ -45,12 +47,13 @@ class ChoiceSettings(Settings):
     num_errors: float = Field(default=2.0, ge=0)
     """A round is kept where the mean difference on the same images exceeds this many of its standard errors."""
     background: Literal["label_free", "config"] = "label_free"
-    """label_free: alpha (or background_score) of the pseudo masks by the score of the masks that they give on a part of
-    the sample. config: pseudo_masks.mask as it stands. Does not count for classes without a background."""
+    """label_free: alpha (or background_score) by the score of the masks that it gives on a part of the sample; what
+    pseudo_masks.mask says of it is not looked at. config: as it stands there. With [affinity] the walk has its own, and
+    for classes without a background there is none."""
     strengths: tuple[float, ...] = Field(default=(1.0, 0.85, 0.7, 0.55), min_length=1)
     """Candidates for background, as factors of the threshold that the round's maps score best at. 1 breaks even with a
     map at that threshold; less makes more foreground, which the dense CRF then cuts to the edges."""
-    num_masks: int = Field(default=64, ge=1)
+    num_masks: int = Field(default=80, ge=1)
     """Images of the sample that the candidates are tried on; each costs a pseudo mask a candidate."""
 
 
@@ -95,22 +98,31 @@ def run(context: StageContext, manifest: Manifest, cams: Sequence[Artifact]) -> 
     """Choose among the rounds, whose CAMs are given in their order."""
     experiment = context.experiment
     settings, mask = experiment.choice, experiment.pseudo_masks.mask
+    has_background = manifest.classes.has_background
+    background_by = "config" if settings.background == "config" else "label_free"
+    if experiment.affinity is not None or not has_background:
+        background_by = "walk" if has_background else "none"  # a walk has a background of its own
+    tries = background_by == "label_free"
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
         scores = [round_cams.folder.read_json("scores.json")["label_free"] for round_cams in cams]
-        if not any(score["num_images"] for score in scores):
-            context.progress.note(
-                "warning: choose round: no image of the sample could be scored without ground truth, so rounds cannot "
-                'be compared; choice.round = "last" takes the last one'
-            )
         steps, kept = choose_round(scores, settings)
         threshold = scores[kept]["best"]["threshold"]
-        result: dict[str, Any] = {"round_index": kept, "threshold": threshold, "rounds": steps}
+        if min(len(score["images"]) for score in scores) < _FEWEST:
+            context.progress.note(
+                f"warning: fewer than {_FEWEST} images of the sample could be scored in some round; the choice of "
+                f"round {kept} and of its background says little"
+            )
+        result: dict[str, Any] = {
+            "round_index": kept,
+            "round_by": settings.round,
+            "background_by": background_by,
+            "threshold": threshold,
+            "rounds": steps,
+        }
         stats: dict[str, Any] = {"round": kept, "threshold": threshold}
         chosen = mask
-        has_background = manifest.classes.has_background
-        # A walk has a background of its own.
-        if settings.background == "label_free" and experiment.affinity is None and has_background:
+        if tries:
             candidates = background_candidates(mask, threshold, settings.strengths)
             means, streamed = _try_candidates(context, manifest, artifact, cams[kept], kept, candidates)
             stats |= streamed
@@ -120,11 +132,12 @@ def run(context: StageContext, manifest: Manifest, cams: Sequence[Artifact]) -> 
                 {"alpha": each.alpha, "background_score": each.background_score, "score": round(mean, 6)}
                 for each, mean in zip(candidates, means, strict=True)
             ]
-        result["mask"] = chosen.model_dump(mode="json")
+        result["mask"] = chosen.model_dump(mode="json", include=_BACKGROUND)
         if has_background:
             stats["background"] = chosen.alpha if chosen.background == "power" else chosen.background_score
         artifact.folder.write_json(RESULT, result)
         child.log_metrics({"choose_round/round": float(kept), "choose_round/threshold": threshold})
+        child.log_text(RESULT, json.dumps(result, indent=2))
         return stats
 
     artifact = complete(
@@ -132,16 +145,16 @@ def run(context: StageContext, manifest: Manifest, cams: Sequence[Artifact]) -> 
         name=FOLDER,
         stage="choose_round",
         inputs={
-            "settings": settings.model_dump(mode="json"),
-            "mask": mask.model_dump(mode="json"),
-            "walk": experiment.affinity is not None,
+            "settings": settings.model_dump(mode="json", include=None if tries else {"round", "num_errors"}),
+            "mask": mask.model_dump(mode="json", exclude={"alpha", "background_score"}) if tries else None,
             "manifest": manifest.fingerprint,
             "cams": [round_cams.output_fingerprint for round_cams in cams],
         },
         work=work,
     )
     result = artifact.folder.read_json(RESULT)
-    return Choice(artifact, result["round_index"], PseudoMaskSettings.model_validate_json(json.dumps(result["mask"])))
+    chosen = mask.model_copy(update=result["mask"]) if tries else mask
+    return Choice(artifact, result["round_index"], chosen)
 
 
 def choose_round(scores: Sequence[dict[str, Any]], settings: ChoiceSettings) -> tuple[list[dict[str, Any]], int]:
@@ -201,8 +214,8 @@ def _try_candidates(
     experiment = context.experiment
     num_sampled = experiment.for_round(round_index).cams.num_label_free
     sample = sample_ids(manifest, num_sampled)
-    every = max(1, num_sampled // experiment.choice.num_masks)
-    ids = frozenset([image_id for of_shard in sample.values() for image_id in of_shard][::every])
+    whole, num_masks = [image_id for of_shard in sample.values() for image_id in of_shard], experiment.choice.num_masks
+    ids = frozenset(whole[:: max(1, len(whole) // num_masks)][:num_masks])
     scores: dict[str, list[float]] = {}
 
     def fold(summary: ShardSummary) -> None:

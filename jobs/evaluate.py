@@ -75,8 +75,12 @@ def run(
     name: str = "evaluation",
     stage: str = "evaluate",
     supervision: str = TAGS,
+    segmenter: str = "segmenter",
 ) -> Artifact:
-    """Scores of the run's predictions, by split. name: the folder to write. supervision: for the protocol."""
+    """Scores of the run's predictions, by split. name: the folder to write. supervision: for the protocol.
+
+    segmenter: the folder of the one that predicted.
+    """
     experiment = context.experiment
     splits = experiment.predict.splits
     shards = [shard.name for shard in manifest.shards if shard.split in splits and shard.num_masks]
@@ -112,6 +116,7 @@ def run(
             details={
                 "merge": experiment.predict.merge,
                 "windows": experiment.predict.windows_text(),
+                "num_train_images": context.storage.read_json(f"{segmenter}/segmenter.json")["num_train_images"],
                 **experiment.prepare.protocol(),
             },
         ).to_json()

@@ -1,6 +1,6 @@
 """CAMs -> the label maps that the affinity net learns from: sure foreground, sure background, and 255 between.
 
-Reads:   manifest (train), CAMs of the last round
+Reads:   manifest (train), CAMs of the chosen round
 Writes:  affinity_labels: png/<image_id>.png (indexed; with kind = "psa" a pixel stands for a cell of the net),
          part-*.parquet (schema AFFINITY_LABELS)
 Runs on: a fixed pool of Ray Data actors on CPUs, a shard at a time; in process with stream.num_actors = 0

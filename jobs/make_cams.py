@@ -219,12 +219,12 @@ def run(
             'cams.cam.normalise = "softmax": an image of one class would be that class all over, and nothing '
             'background; use "maximum", or a source without background (has_background = false)'
         )
-    sample = sample_ids(manifest, settings.num_label_free)
-    scored = set((images or manifest).shard_names(with_masks=True)) & set(manifest.shard_names())
-    shards = sorted({*scored, *sample})
-    in_sample = frozenset(image_id for ids in sample.values() for image_id in ids)
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
+        sample = sample_ids(manifest, settings.num_label_free)
+        scored = set((images or manifest).shard_names(with_masks=True)) & set(manifest.shard_names())
+        shards = sorted({*scored, *sample})
+        in_sample = frozenset(image_id for ids in sample.values() for image_id in ids)
         sweeps, plain_sweeps = SplitSweeps(manifest, "sweep"), SplitSweeps(manifest, "plain_sweep")
         label_free: dict[str, list[float]] = {}
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cluster.artifacts import Artifact
+from cluster.storage import Storage
 from jobs import (
     choose_round,
     cluster_features,
@@ -141,11 +142,29 @@ def _check_splits(experiment: Experiment, manifest: Manifest) -> None:
         raise ValueError(
             f"the manifest has no split train (it has {', '.join(manifest.splits)}); nothing can be learned"
         )
+    _check_supervised(experiment, manifest)
     named = [("classifier.validation_split", experiment.classifier.validation_split)]
     named += [("predict.splits", split) for split in experiment.predict.splits]
     for key, split in named:
         if split not in (None, "val", *manifest.splits):
             raise ValueError(f"{key} = {split!r}: no such split; the manifest has {', '.join(manifest.splits)}")
+
+
+def _check_supervised(experiment: Experiment, manifest: Manifest) -> None:
+    """ValueError where the yardstick would find no full mask, before hours of training."""
+    settings = experiment.supervised
+    if settings is None:
+        return
+    if settings.masks_folder is None and not manifest.num_masks("train"):
+        raise ValueError(
+            "[supervised]: no image of the train split has an annotated mask in the manifest; give "
+            "supervised.masks_folder, or leave the section out"
+        )
+    if settings.masks_folder is not None:
+        [image_id] = manifest.rows("train", ["image_id"], limit=1)["image_id"].to_pylist()[:1]
+        mask = Storage(settings.masks_folder).uri(f"{image_id}.png")
+        if not Storage(mask).exists(""):
+            raise ValueError(f"supervised.masks_folder: {mask}: no such file; give a folder of <image_id>.png")
 
 
 def _run_stages(context: StageContext) -> Iterator[str]:

@@ -74,6 +74,8 @@ class RunNumbers:
     pseudo_masks: dict[str, Any] | None
     segmenter: dict[str, Any] | None
     evaluation: dict[str, Any] | None
+    yardstick: dict[str, Any] | None
+    """result.json of the segmenter that full masks train."""
     supervised: dict[str, Any] | None
     """Scores of the segmenter that full masks trained."""
     bad_images: list[BadImage]
@@ -110,6 +112,7 @@ def read_numbers(storage: Storage, manifest: Manifest, num_rounds: int, max_bad:
         pseudo_masks=read_optional(storage, "pseudo_masks/scores.json"),
         segmenter=read_optional(storage, "segmenter/result.json"),
         evaluation=read_optional(storage, "evaluation/scores.json"),
+        yardstick=read_optional(storage, "supervised/segmenter/result.json"),
         supervised=read_optional(storage, "supervised/evaluation/scores.json"),
         bad_images=bad,
         num_bad=num_bad,

@@ -63,7 +63,8 @@ def cards(numbers: RunNumbers) -> str:
     for score, title in ((numbers.evaluation, "Segmenter"), (numbers.pseudo_masks, "Pseudo masks")):
         for split, of_split in ((score or {}).get("splits") or {}).items():
             extra = f"pixel accuracy {number(of_split.get('pixel_accuracy'))}"
-            if title == "Segmenter" and (full := ((numbers.supervised or {}).get("splits") or {}).get(split)):
+            full = ((numbers.supervised or {}).get("splits") or {}).get(split) or {}
+            if title == "Segmenter" and full.get("miou") and of_split["miou"] is not None:
                 extra = f"{of_split['miou'] / full['miou']:.0%} of the {number(full['miou'])} with full masks"
             told = f"{split}, {of_split['num_images']} images · {extra}"
             made.append(_card(f"{title} mIoU", number(of_split["miou"]), told, True))
@@ -132,10 +133,11 @@ def _choice(numbers: RunNumbers) -> str:
         name = "alpha" if numbers.choice["mask"]["background"] == "power" else "background"
         rows.append([f"{name} {value:.2f}", "masks of a part of the sample", number(step["score"], 4), ""])
     table_ = table(["", "", "score", "threshold"], rows, text_columns=2)
+    asked = "" if numbers.choice["round_by"] == "label_free" else ", the last one, as the config asks"
     told = (
-        f'<p class="note">Masks are made from round {numbers.choice["round_index"]}. No ground truth was looked at; '
-        "the score asks whether maps decide, and whether their regions are regions of the picture, on a sample of the "
-        "train split.</p>"
+        f'<p class="note">Masks are made from round {numbers.choice["round_index"]}{asked}. No ground truth was '
+        "looked at; the score asks whether maps decide, and whether their regions are regions of the picture, on a "
+        "sample of the train split.</p>"
     )
     return f"<h3>The choice, without ground truth</h3>{table_}{told}"
 

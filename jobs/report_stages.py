@@ -20,6 +20,8 @@ def training_section(numbers: RunNumbers) -> str:
         trained.append(("affinity net", numbers.affinity))
     if numbers.segmenter:
         trained.append(("segmenter", numbers.segmenter))
+    if numbers.yardstick:
+        trained.append(("segmenter, full masks", numbers.yardstick))
     if not trained:
         return ""
     rows = []

@@ -5,6 +5,7 @@ Runs differ in rng_seed alone; docs/results.md holds what this prints. The sprea
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ Line = tuple[str, str, str]
 WALK_STEPS = {"before_walk": "CAM, before the walk", "before_crf": "+ random walk"}
 """Scores of the steps before a pseudo mask, in scores.json where there was a random walk: key -> name in tables."""
 _CURVE_STEP = 0.05
+_MAY_DIFFER = ("rng_seed", "output", "stream", "cluster", "tracking", "report")
 
 
 def results_tables(outputs: list[str]) -> str:
@@ -25,11 +27,32 @@ def results_tables(outputs: list[str]) -> str:
     missing = [storage.root for storage in storages if not storage.exists("config.json")]
     if missing:
         raise ValueError(f"not the output of a run: {', '.join(missing)}; give output folders of finished runs")
+    _check_one_config(storages)
     seeds = [f"seed {storage.read_json('config.json')['rng_seed']}" for storage in storages]
     scores = markdown([scores_of_run(storage) for storage in storages], seeds)
     curves = "\n\n".join(curve_markdown(curves, split) for split, curves in _curves(storages).items())
-    parts = [scores, protocol_markdown(_protocols(storages[0])), curves, rank_correlations(storages)]
+    parts = [scores, protocol_markdown(_protocols(storages)), curves, rank_correlations(storages)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _check_one_config(storages: Sequence[Storage]) -> None:
+    """ValueError where the runs differ in more than their seed, their folder and what changes no result."""
+    flat = []
+    for storage in storages:
+        config = storage.read_json("config.json")
+        flat.append({key: value for key, value in config.items() if key not in _MAY_DIFFER})
+    for storage, config in zip(storages[1:], flat[1:], strict=True):
+        different = sorted(key for key in {*config, *flat[0]} if config.get(key) != flat[0].get(key))
+        if different:
+            raise ValueError(
+                f"{storage.root}: its config differs from that of {storages[0].root} in {', '.join(different)}; "
+                "a mean is only of runs that differ in rng_seed"
+            )
+
+
+def same_images(tags: dict[str, Any], full: dict[str, Any]) -> bool:
+    """Whether the yardstick learned from as many images as the segmenter from tags. Both: scores.json."""
+    return bool(tags["protocol"].get("num_train_images") == full["protocol"].get("num_train_images"))
 
 
 def scores_of_run(storage: Storage) -> dict[Line, float | None]:
@@ -59,9 +82,10 @@ def scores_of_run(storage: Storage) -> dict[Line, float | None]:
             lines[(f"score without ground truth, round {index}", "sample of train", "its threshold")] = step[
                 "threshold"
             ]
-    lines[("round chosen by it", "", "round")] = choice["round_index"]
-    if choice["threshold"] >= 0:
-        lines[("background chosen by it", "", "alpha")] = choice["mask"]["alpha"]
+    lines[("masks are made from", "", "round")] = choice["round_index"]
+    if choice.get("background_by") not in ("walk", "none"):
+        key = "alpha" if choice["mask"]["background"] == "power" else "background_score"
+        lines[("background of the masks", "", key)] = choice["mask"][key]
     for split, score in storage.read_json("pseudo_masks/scores.json")["splits"].items():
         for key, name in WALK_STEPS.items():
             if key in score:
@@ -70,36 +94,56 @@ def scores_of_run(storage: Storage) -> dict[Line, float | None]:
     for split, score in storage.read_json("evaluation/scores.json")["splits"].items():
         lines[("segmenter", split, "mIoU")] = score["miou"]
     if storage.exists("supervised/evaluation/scores.json"):
-        for split, score in storage.read_json("supervised/evaluation/scores.json")["splits"].items():
+        full = storage.read_json("supervised/evaluation/scores.json")
+        for split, score in full["splits"].items():
             lines[("segmenter from full masks", split, "mIoU")] = score["miou"]
             from_tags = lines[("segmenter", split, "mIoU")]
             ratio = from_tags / score["miou"] if from_tags is not None and score["miou"] else None
-            lines[("tags / full masks", split, "ratio")] = ratio
+            same = same_images(storage.read_json("evaluation/scores.json"), full)
+            lines[("tags / full masks" if same else "tags / full masks of fewer images", split, "ratio")] = ratio
     return lines
 
 
 def rank_correlations(storages: Sequence[Storage]) -> str:
-    """Spearman's rank correlation of the score without ground truth with the true mIoU of the same maps.
+    """How far the score without ground truth can be trusted, on the train split; empty where nothing has ground truth.
 
-    Over every round and threshold of all runs together, of the train split, and how much mIoU is lost by taking each
-    round's threshold by that score instead of by ground truth. Empty where nothing has ground truth.
+    Spearman's rank correlation with the true mIoU, over the thresholds of each curve (the mean over curves) and over
+    rounds and runs, each at the threshold that the score picks; what those thresholds lose against the best ones; and
+    how often, of two rounds of one run, the one that scores higher is better.
     """
-    free, true, losses = [], [], []
+    within, free, true, losses, agree = [], [], [], [], []
     for storage in storages:
+        picked = []
         for cams in _cams(storage):
-            if "thresholds" in cams["splits"].get("train", {}) and cams["label_free"]["num_images"]:
-                split, score = cams["splits"]["train"], cams["label_free"]["score"]
-                pairs = [pair for pair in zip(score, split["miou"], strict=True) if pair[1] is not None]
-                free += [pair[0] for pair in pairs]
-                true += [pair[1] for pair in pairs]
-                losses.append(split["best"]["miou"] - split["miou"][score.index(max(score))])
-    if len(free) < 2:
+            split, score = cams["splits"].get("train"), cams["label_free"]
+            if split is None or "best" not in split or not score["num_images"] or None in split["miou"]:
+                continue
+            within.append(_rank_correlation(score["score"], split["miou"]))
+            at = score["score"].index(max(score["score"]))
+            picked.append((score["score"][at], split["miou"][at]))
+            losses.append(split["best"]["miou"] - split["miou"][at])
+        free += [pair[0] for pair in picked]
+        true += [pair[1] for pair in picked]
+        pairs = itertools.combinations(picked, 2)
+        agree += [(one[0] - other[0]) * (one[1] - other[1]) > 0 for one, other in pairs]
+    if not losses:
         return ""
+    within_text, across_text = f"{statistics.mean(within):.2f}", f"{_rank_correlation(free, true):.2f}"
+    lost, most = f"{statistics.mean(losses):.3f}", f"{max(losses):.3f}"
     return (
-        f"Score without ground truth against mIoU on train, {len(losses)} rounds, {len(free)} pairs of round and "
-        f"threshold: rank correlation {statistics.correlation(_ranks(free), _ranks(true)):.3f}; its thresholds lose "
-        f"{statistics.mean(losses):.3f} mIoU against the best ones (at most {max(losses):.3f})."
+        f"The score without ground truth on train, {len(losses)} rounds of {len(storages)} runs: rank correlation with "
+        f"mIoU {within_text} over the thresholds of a curve, {across_text} over rounds and runs at the thresholds that "
+        f"it picks; they lose {lost} mIoU against the best ones (at most {most}). Of two rounds of a run, the one that "
+        f"it prefers was better in {sum(agree)} of {len(agree)} pairs; a later round is kept only where it is clearly "
+        "better."
     )
+
+
+def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's; 0 where one of the two does not vary, or there are fewer than two pairs."""
+    if len(set(one)) < 2 or len(set(other)) < 2:
+        return 0.0
+    return statistics.correlation(_ranks(one), _ranks(other))
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
@@ -110,13 +154,21 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return [statistics.mean(positions[value]) for value in values]
 
 
-def _protocols(storage: Storage) -> dict[str, dict[str, Any]]:
-    """How each kind of number was taken."""
-    scored = {"CAM": _cams(storage)[-1], "pseudo masks": storage.read_json("pseudo_masks/scores.json")}
-    for what, folder in (("segmenter", "evaluation"), ("segmenter from full masks", "supervised/evaluation")):
-        if storage.exists(f"{folder}/scores.json"):
-            scored[what] = storage.read_json(f"{folder}/scores.json")
-    return {what: scores["protocol"] for what, scores in scored.items()}
+def _protocols(storages: Sequence[Storage]) -> dict[str, dict[str, Any]]:
+    """How each kind of number was taken; where runs differ, all of what they say."""
+    merged: dict[str, dict[str, Any]] = {}
+    for storage in storages:
+        scored = {"CAM": _cams(storage)[-1], "pseudo masks": storage.read_json("pseudo_masks/scores.json")}
+        for what, folder in (("segmenter", "evaluation"), ("segmenter from full masks", "supervised/evaluation")):
+            if storage.exists(f"{folder}/scores.json"):
+                scored[what] = storage.read_json(f"{folder}/scores.json")
+        for what, scores in scored.items():
+            kept = merged.setdefault(what, {})
+            for key, value in scores["protocol"].items():
+                told = kept.setdefault(key, value)
+                if told != value and str(value) not in str(told):
+                    kept[key] = f"{told}; {value}"
+    return merged
 
 
 def _cams(storage: Storage) -> list[dict[str, Any]]:

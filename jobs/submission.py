@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import json
 import tarfile
 from typing import Annotated, Any, Literal
 
@@ -41,7 +42,10 @@ def submit(
         str | None, typer.Option(help="The folder `segmenter` of a finished run: its masks are made first.")
     ] = None,
     config: Annotated[
-        str | None, typer.Option(help="TOML config whose sections predict, stream and cluster --model goes by.")
+        str | None,
+        typer.Option(
+            help="TOML config whose sections predict, stream and cluster count; default: as its run predicted."
+        ),
     ] = None,
     predictions: Annotated[
         str | None, typer.Option(help="Folder of <id>.png that hold VOC's class ids, in place of --model.")
@@ -53,6 +57,8 @@ def submit(
     """Masks of a VOC list, checked and packed for the evaluation server."""
     if (model is None) == (predictions is None):
         raise ConfigError("submission: give --model (to make masks) or --predictions (masks that are there)")
+    if (config is not None and model is None) or (set_ and config is None):
+        raise ConfigError("submission: --config goes with --model, and --set with --config; here it would do nothing")
     rows = image_rows(read_ids(image_list), Storage(images))
     folder = Storage(output)
     classes, masks = VOC_CLASSES, Storage(predictions or output)
@@ -67,8 +73,8 @@ def submit(
 def _predict(
     rows: list[dict[str, Any]], model: Storage, output: Storage, config: str | None, overrides: list[str], verbose: bool
 ) -> None:
-    """Masks of the rows into output/png, by the settings of a config, or the default ones in this process."""
-    settings, stream, cluster = PredictSettings(), StreamSettings(num_actors=0), ClusterSettings()
+    """Masks of the rows into output/png, by the settings of a config, or in this process as its run predicted."""
+    settings, stream, cluster = _settings_of_run(model), StreamSettings(num_actors=0), ClusterSettings()
     if config is not None:
         experiment = load_experiment(config, overrides)
         settings, stream, cluster = experiment.predict, experiment.stream, experiment.cluster
@@ -78,6 +84,14 @@ def _predict(
         stats = predict_images(Progress(), segmenter=model, rows=rows, output=output, settings=settings, stream=stream)
     for bad in stats["bad"]:
         typer.echo(f"  {bad['uri']}: {bad['reason']}")
+
+
+def _settings_of_run(model: Storage) -> PredictSettings:
+    """How the run predicted that the segmenter is of; the default where it was taken from its run."""
+    run = Storage(model.root.rstrip("/").rpartition("/")[0])
+    if not run.exists("config.json"):
+        return PredictSettings()
+    return PredictSettings.model_validate_json(json.dumps(run.read_json("config.json")["predict"]))
 
 
 def read_ids(location: str) -> list[str]:

@@ -64,7 +64,7 @@ class MaskCutWorker:
 
 
 def run(context: StageContext, manifest: Manifest, tiles: Manifest) -> Artifact:
-    """Cut, or skip what is cut. Raises ValueError where no image has a mask."""
+    """Cut, or skip what is cut."""
     settings = context.experiment.supervised
     assert settings is not None
 

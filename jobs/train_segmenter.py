@@ -154,6 +154,7 @@ def train_on(
                 "classes": list(classes.names),
                 "has_background": classes.has_background,
                 "base_px": trained_px(settings),
+                "num_train_images": table.num_rows,
             },
         )
         total = settings.optimiser.length(table.num_rows).num_images

@@ -26,10 +26,6 @@ from subcat_core.classes import ClassTable
 from subcat_core.settings import Settings
 
 FOLDER = "supervised"
-_NO_MASK = (
-    "[supervised]: no image of the train split has an annotated mask in the manifest; "
-    "give supervised.masks_folder, or leave the section out"
-)
 
 
 class SupervisedSettings(Settings):
@@ -41,34 +37,22 @@ class SupervisedSettings(Settings):
 
 
 def full_mask_rows(manifest: Manifest, pseudo_masks: Artifact, settings: SupervisedSettings) -> pa.Table:
-    """image_id, uri and mask_uri of the images that train the segmenter, with their annotated masks.
-
-    Raises ValueError where none has one.
-    """
+    """image_id, uri and mask_uri of the images that train the segmenter, with their annotated masks."""
     images = pseudo_mask_rows(manifest, pseudo_masks).drop_columns(["mask_uri"])
     if settings.masks_folder is not None:
         folder = Storage(settings.masks_folder)
         uris = [folder.uri(f"{image_id}.png") for image_id in images["image_id"].to_pylist()]
         return images.append_column("mask_uri", pa.array(uris, pa.string()))
     rows = with_column(images, manifest.rows("train", ["image_id", "mask_uri"]), "mask_uri")
-    rows = rows.filter(pc.is_valid(rows["mask_uri"]))
-    if not rows.num_rows:
-        raise ValueError(_NO_MASK)
-    return rows
+    return rows.filter(pc.is_valid(rows["mask_uri"]))
 
 
 def full_mask_tiles(manifest: Manifest, pseudo_masks: Artifact, tiles: Manifest, tile_masks: Artifact) -> pa.Table:
-    """image_id, uri and mask_uri of the tiles that train the segmenter, with their part of the annotated masks.
-
-    Raises ValueError where there is none.
-    """
+    """image_id, uri and mask_uri of the tiles that train the segmenter, with their part of the annotated masks."""
     rows = pseudo_mask_rows(manifest, pseudo_masks, tiles).drop_columns(["mask_uri"])
     names = tiles.shard_names("train")
     masks = pa.concat_tables([tile_masks.folder.read_table(f"{name}.parquet") for name in names])
-    rows = with_column(rows, masks, "mask_uri")
-    if not rows.num_rows:
-        raise ValueError(_NO_MASK)
-    return rows
+    return with_column(rows, masks, "mask_uri")
 
 
 def train(
@@ -78,10 +62,7 @@ def train(
     tiles: Manifest | None = None,
     tile_masks: Artifact | None = None,
 ) -> Artifact:
-    """The yardstick's training. tiles, tile_masks: where the segmenter sees tiles, with what supervised_tiles cut.
-
-    Raises ValueError where no image has a full mask.
-    """
+    """The yardstick's training. tiles, tile_masks: where the segmenter sees tiles, with what supervised_tiles cut."""
     settings = context.experiment.supervised
     assert settings is not None
     masks: dict[str, Any] = {
@@ -123,5 +104,6 @@ def score(context: StageContext, manifest: Manifest, predictions: Artifact) -> A
         predictions,
         name=f"{FOLDER}/evaluation",
         stage="evaluate_supervised",
-        supervision="full masks of the images that have a pseudo mask",
+        supervision="full masks",
+        segmenter=f"{FOLDER}/segmenter",
     )

@@ -100,6 +100,10 @@ def _check(net: torch.nn.Module, cam: np.ndarray) -> None:
         raise ValueError("got an affinity net in training mode; call net.eval() first")
     if not len(cam):
         raise ValueError("got no map; an image without present classes is background all over, and needs no walk")
+    if not (cam.min() >= 0 and cam.max() <= 1):
+        raise ValueError(
+            f"CAM: values from {cam.min()} to {cam.max()}, expected finite values in 0..1; normalise the maps"
+        )
 
 
 def _view(

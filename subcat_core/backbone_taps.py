@@ -10,6 +10,7 @@ from torch import nn
 
 from subcat_core.backbones import Backbone, split_name
 from subcat_core.freezing import TORCHVISION_STAGES
+from subcat_core.own_networks import OWN_NETWORKS
 
 
 class BackboneTaps:
@@ -56,8 +57,8 @@ class BackboneTaps:
             module.training = mode
         if len(maps) < at_least or any(tap.ndim != 4 for tap in maps):
             raise ValueError(
-                f"backbone {self.backbone.name!r} gives {len(maps)} maps of (N, D, h, w), expected {at_least}; "
-                "take a ResNet or an EfficientNet"
+                f"backbone {self.backbone.name!r} gives {len(maps)} maps of (N, D, h, w), expected {at_least} or more; "
+                "take one such as torchvision:resnet50 or timm:tf_efficientnet_lite0"
             )
         return tuple(int(tap.shape[1]) for tap in maps)
 
@@ -70,6 +71,8 @@ def _keep(caught: dict[str, torch.Tensor], name: str, module: nn.Module, inputs:
 def stage_names(backbone_name: str) -> tuple[str, ...]:
     """Modules at the ends of a network's stages, the stem first; () where timm does not tell them."""
     library, network = split_name(backbone_name)
+    if library == "subcat":
+        return tuple(stage[-1] for stage in OWN_NETWORKS[network].stages)
     if library == "torchvision":
         return ("maxpool", *TORCHVISION_STAGES)
     with torch.device("meta"):

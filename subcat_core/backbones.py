@@ -162,7 +162,7 @@ def split_name(name: str) -> tuple[str, str]:
         known = [model for model in torchvision.models.list_models(torchvision.models) if "resne" in model]
     else:
         known = timm.list_models()
-    if network.partition(".")[0] not in known:
+    if (network if library == "subcat" else network.partition(".")[0]) not in known:
         near = difflib.get_close_matches(network, known, n=3, cutoff=0.5) or sorted(known)[:3]
         shown = ", ".join(f"{library}:{model}" for model in near)
         raise ValueError(f"backbone {name!r} is not known to {library}; near names: {shown}")

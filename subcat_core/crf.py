@@ -49,6 +49,9 @@ def dense_crf(probability: np.ndarray, image: np.ndarray, settings: CrfSettings)
     """
     _check(probability, image)
     num_labels, height, width = probability.shape
+    if settings.spatial_weight == settings.bilateral_weight == 0:  # nothing that neighbours say counts
+        clipped = np.clip(probability, MIN_PROBABILITY, 1.0, dtype=np.float32)
+        return clipped / clipped.sum(axis=0)
     spatial = _spatial_kernels.get(height, width, settings.spatial_sigma_px)
     bilateral = _Kernel(build_lattice(_bilateral_features(image, settings)))
     marginals = mean_field(

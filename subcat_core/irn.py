@@ -9,6 +9,7 @@ Legend: N images, h w cells of 4 px, P offsets of pairs (see affinity_pairs.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -84,18 +85,23 @@ class IrnNet(nn.Module):
         grid = (-(-images.shape[2] // STRIDE_PX), -(-images.shape[3] // STRIDE_PX))
         with torch.no_grad():
             maps = self.taps(self.backbone.normalise(images))
-        # Brought to the grid between the norm and the ReLU, as the authors do.
-        narrow = [F.relu(_resized(layer(tap), grid)) for layer, tap in zip(self.edge_narrow, maps, strict=True)]
-        edge = self.edge_mix(torch.cat(narrow, dim=1))
+        edge = self._edge(maps, grid)
         narrow = [layer(tap) for layer, tap in zip(self.displacement_narrow, maps, strict=True)]
         middle = maps[-3].shape[2:]
         deep = self.displacement_deep(torch.cat([F.relu(_resized(tap, middle)) for tap in narrow[-3:]], dim=1))
         fine = [F.relu(_resized(tap, grid)) for tap in [*narrow[:-3], deep]]
         return edge, self.mean_shift(self.displacement_mix(torch.cat(fine, dim=1)))
 
+    def _edge(self, maps: Sequence[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
+        """Logits (N, 1, *grid) of boundaries; brought to the grid between the norm and the ReLU, as the authors do."""
+        narrow = [F.relu(_resized(layer(tap), grid)) for layer, tap in zip(self.edge_narrow, maps, strict=True)]
+        return cast(torch.Tensor, self.edge_mix(torch.cat(narrow, dim=1)))
+
     def boundaries(self, images: torch.Tensor) -> torch.Tensor:
         """(N, h, w) of 0..1: the mean of the logits of the image and of its mirror image, turned back."""
-        straight, mirrored = self(torch.cat([images, images.flip(3)]))[0][:, 0].float().chunk(2)
+        grid = (-(-images.shape[2] // STRIDE_PX), -(-images.shape[3] // STRIDE_PX))
+        maps = self.taps(self.backbone.normalise(torch.cat([images, images.flip(3)])))
+        straight, mirrored = self._edge(maps, grid)[:, 0].float().chunk(2)
         return torch.sigmoid((straight + mirrored.flip(2)) / 2)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ Ours, not the paper's. The score of an image is the product of two shares of exp
     that cut through it.
 Where a data set has no background, the first share is that of the maps of all present classes, by the class that wins:
 there is no threshold, and an image of one class says nothing.
-No network is asked, so maps of different classifiers are measured with one ruler. docs/results.md has the rank
-correlation with the true mIoU; docs/log.md what else was tried.
+No network is asked, so maps of different classifiers are measured with one ruler. docs/log.md has the rank correlation
+with the true mIoU and what else was tried; `subcat results` prints it for finished runs.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def region_score(maps: np.ndarray, colours: np.ndarray, regions: np.ndarray, *, 
 class LabelFreeGrid:
     """One image and its maps on a grid of CELLS cells along the short side, ready to score thresholds and masks.
 
-    cam: (n, h, w) float in 0..1 of the n present classes. class_ids: theirs. image: (H, W, 3) uint8 RGB.
-    has_background: as of the class table; without, n is 2 at least, or every score is 0.
+    cam: (n, h, w) float in 0..1 of the n present classes, at least one. class_ids: theirs. image: (H, W, 3) uint8 RGB.
+    has_background: as of the class table; without, the score of an image of one class is 0.
     """
 
     def __init__(
@@ -64,6 +64,8 @@ class LabelFreeGrid:
         *,
         has_background: bool = True,
     ) -> None:
+        if not len(cam) or len(cam) != len(class_ids):
+            raise ValueError(f"got {len(cam)} maps for {len(class_ids)} classes; expected one each, and at least one")
         self.has_background = has_background
         height, width = image.shape[:2]
         scale = min(1.0, CELLS / min(height, width))

@@ -34,7 +34,7 @@ def count_parameters(network: nn.Module) -> int:
 
 def is_depthwise(network: nn.Module) -> bool:
     """Whether more than a quarter of its convolutions work on each channel apart: these wait for memory, not for
-    multiply-adds (the rule of `cluster.training_device.choose_precision`).
+    multiply-adds.
     """
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     num_depthwise = sum(convolution.groups == convolution.in_channels > 1 for convolution in convolutions)

@@ -64,14 +64,17 @@ def _tables(storage: Storage, folder: str) -> pa.Table:
 
 
 def test_the_chosen_background_makes_the_masks(tiny_table: Path, tmp_path: Path) -> None:
-    storage = _run(small_values(tiny_table, str(tmp_path / "out"), rounds=1))
+    values = small_values(tiny_table, str(tmp_path / "out"), rounds=1)
+    experiment, storage = parse_experiment(values), _run(values)
     choice = storage.read_json("choice/choice.json")
     tried = choice["background"]
     assert len(tried) == len(ChoiceSettings().strengths)
     best = max(tried, key=lambda each: each["score"])
     assert choice["mask"]["alpha"] == best["alpha"] != PseudoMaskSettings().alpha
+    assert (choice["round_by"], choice["background_by"]) == ("label_free", "label_free")
     inputs = storage.read_json("pseudo_masks/marker.json")["inputs"]
-    assert inputs["settings"]["mask"] == choice["mask"]
+    made_with = experiment.pseudo_masks.mask.model_copy(update={"alpha": best["alpha"]})
+    assert inputs["settings"]["mask"] == made_with.model_dump(mode="json")
     made = _tables(storage, "cams")
     assert made.num_rows == 12  # the whole train split, and nothing else
     of_round = _tables(storage, f"rounds/{choice['round_index']:02d}/cams")
@@ -87,6 +90,7 @@ def test_the_paper_takes_the_last_round_and_its_own_background(tiny_table: Path,
     assert choice["round_index"] == 1
     assert "background" not in choice
     assert choice["mask"]["alpha"] == PseudoMaskSettings().alpha
+    assert (choice["round_by"], choice["background_by"]) == ("last", "config")
 
 
 def test_the_sample_lies_evenly_and_is_the_same_every_time(finished_run: str) -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 
 from cluster.storage import Storage
 from jobs.importers.voc import VOC_CLASSES
-from jobs.submission import image_rows, read_ids, voc_lut, voc_palette, write_submission
+from jobs.predict import PredictSettings
+from jobs.submission import _settings_of_run, image_rows, read_ids, voc_lut, voc_palette, write_submission
 from subcat_core.backbones import BackboneSettings
 from subcat_core.segmenter import SegmenterSettings, build_segmenter
 from tests.jobs.conftest import call_cli
@@ -148,3 +149,19 @@ def test_the_command_makes_the_masks_with_a_model(
     folder.write_json("segmenter.json", {**folder.read_json("segmenter.json"), "classes": ["cat", "gland"]})
     assert call_cli(monkeypatch, "submission", *arguments, "--model", folder.root) == 2
     assert "unknown class 'gland'" in capsys.readouterr().err
+
+
+def test_a_model_in_its_run_predicts_as_the_run_did(tmp_path: Path) -> None:
+    run = Storage(str(tmp_path))
+    model = Storage(run.uri("segmenter"))
+    assert _settings_of_run(model) == PredictSettings()
+    run.write_json("config.json", {"predict": PredictSettings(scales=(1.0, 0.5), flip=False).model_dump(mode="json")})
+    assert _settings_of_run(model) == PredictSettings(scales=(1.0, 0.5), flip=False)
+
+
+def test_options_that_would_do_nothing_are_refused(
+    voc: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["submission", str(voc / "test.txt"), "--images", str(voc / "images"), "--output", str(voc / "out")]
+    assert call_cli(monkeypatch, *arguments, "--predictions", str(voc / "masks"), "--set", "predict.flip=false") == 2
+    assert "--set with --config" in capsys.readouterr().err

@@ -97,6 +97,7 @@ def random_segmenter(context: StageContext) -> Artifact:
         "classes": ["not gland", "gland"],
         "has_background": False,
         "base_px": trained_px(settings),
+        "num_train_images": 3,
     }
     return stored_model(context, "segmenter", model, {"segmenter.json": described})
 

@@ -138,5 +138,23 @@ def test_a_network_with_maps_of_its_own_is_asked_for_them() -> None:
     assert net.taps.channels == (6, 6, 6)
     assert net(torch.zeros(1, 3, 32, 40)).shape == (1, 448, 4, 5)
     backbone.net = _Own(2)
-    with pytest.raises(ValueError, match=r"gives 2 maps of \(N, D, h, w\), expected 3; take a ResNet"):
+    with pytest.raises(ValueError, match=r"gives 2 maps of \(N, D, h, w\), expected 3 or more; take one such as"):
         AffinityNet(backbone, AffinityNetSettings(backbone=RESNET))
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "cells"),
+    [
+        ("subcat:resnet38d", (512, 1024, 4096), (8, 12)),
+        ("subcat:resnet101-caffe", (512, 1024, 2048), (9, 13)),  # its max-pool rounds up
+    ],
+)
+def test_the_published_networks_have_the_published_heads(
+    name: str, channels: tuple[int, ...], cells: tuple[int, int]
+) -> None:
+    with torch.device("meta"):
+        net = build_affinity_net(
+            AffinityNetSettings(backbone=BackboneSettings(name=name, output_stride=8, weights="none"))
+        )
+        assert net.taps.channels == channels
+        assert tuple(net(torch.zeros(1, 3, 64, 96)).shape) == (1, 448, *cells)

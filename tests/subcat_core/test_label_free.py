@@ -46,10 +46,17 @@ def test_a_threshold_scores_as_the_mask_that_it_makes() -> None:
     image, inside = _image_with_square()
     cam = np.stack([np.where(inside, 0.8, 0.2), np.where(inside, 0.1, 0.3)]).astype(np.float32)
     grid = LabelFreeGrid(cam, [2, 5], image)
-    cells = np.where(grid.strongest > 0.5, 2, 0)
-    expected = region_score(grid.strongest, grid.colours, cells)
-    assert grid.threshold_scores([0.5, 0.99]).tolist() == pytest.approx([expected, 0.0])
     assert grid.size == (CELLS, 30)
+    cells = np.where(grid.strongest > 0.5, 2, 0).reshape(grid.size).astype(np.uint8)
+    mask = np.kron(cells, np.ones((7, 7), np.uint8))  # larger than the grid, as masks are
+    assert grid.threshold_scores([0.5])[0] == pytest.approx(grid.mask_score(mask))
+    assert grid.threshold_scores([0.99])[0] == 0
+    assert grid.mask_score(mask) == region_score(grid.strongest, grid.colours, cells.ravel()) > 0.5
+
+
+def test_an_image_without_a_class_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 0 maps for 0 classes; expected one each, and at least one"):
+        LabelFreeGrid(np.zeros((0, 4, 4)), [], np.zeros((8, 8, 3), np.uint8))
 
 
 def test_without_background_by_hand() -> None:
@@ -83,8 +90,3 @@ def test_clearly_better_by_hand() -> None:
     assert not clearly_better(scores, than, num_errors=4)
     assert not clearly_better(than, scores)
     assert not clearly_better(np.array([1.0]), np.array([0.0]))
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(3)
