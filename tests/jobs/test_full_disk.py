@@ -62,7 +62,7 @@ def test_a_disk_that_fills_up_during_pseudo_masks(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = write_toml(disk / "tiny.toml", small_values(tiny_table, str(disk / "out")))
-    assert call_cli(monkeypatch, "run", config, "--stage", "make_cams") == 0
+    assert call_cli(monkeypatch, "run", config, "--stage", "make_train_cams") == 0
     padding = _fill(disk, 48 * KB)  # room for the first of three shards: four masks, their index and its summary
     assert call_cli(monkeypatch, "run", config) == 1
     error = _told_error(capsys)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from jobs.train_segmenter import SegmenterStageSettings, SegmenterTrainee, trained_px
 from subcat_core.backbones import BackboneSettings
-from subcat_core.classes import IGNORE
+from subcat_core.classes import IGNORE, ClassTable
 from subcat_core.images import AugmentSettings
 from subcat_core.segmenter import SegmenterSettings, multi_scale_loss
 
@@ -21,7 +21,7 @@ PUBLISHED_CROP = AugmentSettings(scales=(0.5, 1.0), crop_px=64, pad="end", jitte
 def trainee(name: str = "torchvision:resnet18", **model: object) -> SegmenterTrainee:
     backbone = BackboneSettings(name=name, weights="none", output_stride=8)
     settings = SegmenterSettings.model_validate({"backbone": backbone, **model})
-    return SegmenterTrainee(SegmenterStageSettings(model=settings, augment=PUBLISHED_CROP), 2)
+    return SegmenterTrainee(SegmenterStageSettings(model=settings, augment=PUBLISHED_CROP), ClassTable(("a", "b")))
 
 
 def batch(rng: np.random.Generator, weight: tuple[float, ...] = (1.0, 1.0)) -> dict[str, torch.Tensor]:
