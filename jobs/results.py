@@ -185,9 +185,16 @@ def markdown(runs: Sequence[dict[Line, float | None]], names: Sequence[str]) -> 
         known = [value for value in values if value is not None]
         mean = f"{statistics.mean(known):.3f}" if known else ""
         spread = f"{statistics.stdev(known):.3f}" if len(known) > 1 else ""
-        cells = [*key, *("" if value is None else f"{value:.3f}" for value in values), mean, spread]
+        cells = [*key, *(_cell(value) for value in values), mean, spread]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _cell(value: float | None) -> str:
+    """Whole numbers, as the index of a round is, without decimals."""
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 Curve = dict[float, list[float]]
