@@ -60,4 +60,4 @@ killed-demo: $(STAMP) ## the demo, killed with SIGKILL in the middle of every st
 	$(BIN)/python -m benchmarks.killed_demo
 
 clean: ## remove the demo's pictures and output, and caches; keep .venv and other runs
-	rm -rf outputs/demo outputs/killed-demo data/demo .pytest_cache .ruff_cache .mypy_cache
+	rm -rf outputs/demo outputs/whole-demo outputs/killed-demo data/demo .pytest_cache .ruff_cache .mypy_cache
