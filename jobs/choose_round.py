@@ -24,8 +24,8 @@ from pydantic import Field
 from cluster.artifacts import Artifact
 from cluster.streams import BadRow, ShardOutput, ShardSummary, iter_images, map_shards
 from cluster.tracking import ChildRun
+from jobs.cam_tables import COLUMNS, read_cams
 from jobs.context import StageContext, complete, stream_stats
-from jobs.make_cams import COLUMNS, read_cams
 from jobs.manifest import Manifest
 from jobs.sample import sample_ids
 from subcat_core.classes import to_class_ids

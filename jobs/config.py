@@ -18,10 +18,10 @@ from cluster.storage import read_uri
 from cluster.streams import StreamSettings
 from cluster.tracking import TrackingSettings
 from jobs.affinity_settings import AffinitySettingsOfAKind, AffinityStageSettings
+from jobs.cam_worker import CamStageSettings
 from jobs.choose_round import ChoiceSettings
 from jobs.evaluate import EvaluationSettings
 from jobs.extract_features import FeatureSettings
-from jobs.make_cams import CamStageSettings
 from jobs.make_pseudo_masks import PseudoMaskStageSettings
 from jobs.predict import PredictSettings
 from jobs.prepare import PrepareSettings

@@ -90,6 +90,18 @@ def stream_stats(summaries: list[ShardSummary]) -> dict[str, Any]:
     }
 
 
+def training_stats(artifact: Artifact, result: TrainResult) -> dict[str, Any]:
+    """The stats every training stage keeps."""
+    return {
+        "weights": artifact.folder.read_json("result.json")["weights"],
+        "num_images": result.num_images,
+        "images_per_s": result.images_per_s,
+        "peak_rss_bytes": result.peak_rss_bytes,
+        "num_bad": result.num_bad,
+        "bad": result.bad_rows,
+    }
+
+
 def warn_of_loss(context: StageContext, title: str, result: TrainResult) -> None:
     """Tell of a training that learned nothing: a loss that is finite, and no lower in the last epoch than in the first.
 

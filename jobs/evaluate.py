@@ -16,8 +16,8 @@ from cluster.image_reading import max_pixels
 from cluster.storage import MissingFileError, Storage, read_uri
 from cluster.streams import BadRow, ShardOutput, map_shards
 from cluster.tracking import ChildRun
+from jobs.cam_tables import COLUMNS, read_truth
 from jobs.context import StageContext, complete, stream_stats
-from jobs.make_cams import COLUMNS, read_truth
 from jobs.manifest import Manifest
 from jobs.protocol import TAGS, Protocol
 from jobs.scoring import SplitConfusions, baseline_scores, confusion_scores

@@ -20,8 +20,8 @@ from cluster.storage import Storage
 from cluster.streams import BadRow, ShardOutput, ShardSummary, iter_images, map_shards
 from cluster.tracking import ChildRun
 from jobs.affinity_settings import AffinitySettingsOfAKind, PsaStageSettings
+from jobs.cam_tables import read_cams
 from jobs.context import StageContext, complete, stream_stats
-from jobs.make_cams import read_cams
 from jobs.manifest import Manifest
 from subcat_core import schemas
 from subcat_core.affinity_labels import irn_labels, psa_labels

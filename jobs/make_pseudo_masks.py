@@ -20,8 +20,8 @@ from cluster.storage import MissingFileError, Storage
 from cluster.streams import BadRow, ShardOutput, ShardSummary, iter_images, map_shards
 from cluster.tracking import ChildRun
 from jobs.affinity_settings import AffinitySettingsOfAKind
+from jobs.cam_tables import COLUMNS, read_cams, read_truth
 from jobs.context import StageContext, complete, stream_stats
-from jobs.make_cams import COLUMNS, read_cams, read_truth
 from jobs.manifest import Manifest
 from jobs.protocol import TAGS, Protocol
 from jobs.scoring import SplitConfusions, baseline_scores, confusion_scores

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.storage import Storage, StorageError, read_uri
+from jobs.cam_tables import read_cams
 from jobs.cut_tiles import has_tiles, open_tiles
-from jobs.make_cams import read_cams
 from jobs.manifest import Manifest
 from jobs.report_numbers import read_optional
 from jobs.tile_masks import maps_of_image

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from cluster.streams import ShardSummary
 from jobs.manifest import Manifest
 from subcat_core.classes import BACKGROUND, ClassTable
@@ -100,6 +102,21 @@ def baseline_scores(confusion: ConfusionMatrix, num_images: int, classes: ClassT
     """
     ids = {"background": BACKGROUND} if classes.has_background else {n: i for i, n in enumerate(classes.names, 1)}
     return {f"all_{name}": confusion_scores(all_of_one(confusion, i), num_images) for name, i in ids.items()}
+
+
+def label_free_scores(thresholds: list[float], by_image: dict[str, list[float]]) -> dict[str, Any]:
+    """The label-free part of scores.json: the mean curve, its best threshold, and each image's score there."""
+    ids = sorted(by_image)
+    curves = np.array([by_image[image_id] for image_id in ids]).reshape(len(ids), len(thresholds))
+    curve = curves.mean(axis=0) if ids else np.zeros(len(thresholds))
+    best = int(curve.argmax())
+    return {
+        "num_images": len(ids),
+        "thresholds": thresholds,
+        "score": [round(float(value), 6) for value in curve],
+        "best": {"threshold": thresholds[best], "score": round(float(curve[best]), 6)},
+        "images": {image_id: round(float(value), 6) for image_id, value in zip(ids, curves[:, best], strict=True)},
+    }
 
 
 def all_background(confusion: ConfusionMatrix) -> ConfusionMatrix:

@@ -17,8 +17,8 @@ from cluster.artifacts import Artifact
 from cluster.storage import MissingFileError, Storage
 from cluster.streams import BadRow, ShardOutput, map_shards
 from cluster.tracking import ChildRun
+from jobs.cam_tables import COLUMNS, read_truth
 from jobs.context import StageContext, complete, stream_stats
-from jobs.make_cams import COLUMNS, read_truth
 from jobs.manifest import Manifest
 from jobs.tile_images import TILE_COLUMNS, by_image
 from subcat_core import schemas

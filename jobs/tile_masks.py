@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from cluster.storage import MissingFileError, Storage
 from cluster.streams import BadRow, ShardOutput, iter_images
-from jobs.make_cams import read_cams, read_truth
+from jobs.cam_tables import read_cams, read_truth
 from jobs.tile_images import ImageTiles, by_image, classes_by_image, spread_channels
 from subcat_core import schemas
 from subcat_core.cam import upsample_cam

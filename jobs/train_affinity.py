@@ -21,7 +21,7 @@ from cluster.storage import Storage, read_uri
 from cluster.tracking import ChildRun
 from cluster.training import train
 from jobs.affinity_settings import AffinitySettingsOfAKind, IrnStageSettings, PsaStageSettings
-from jobs.context import StageContext, complete, warn_of_loss
+from jobs.context import StageContext, complete, training_stats, warn_of_loss
 from jobs.joins import with_column
 from jobs.manifest import Manifest
 from subcat_core.affinity_crop import aligned_crop, scaled_crop
@@ -164,14 +164,7 @@ def run(context: StageContext, manifest: Manifest, labels: Artifact) -> Artifact
                 ),
             )
         warn_of_loss(context, "train affinity net", result)
-        return {
-            "weights": artifact.folder.read_json("result.json")["weights"],
-            "num_images": result.num_images,
-            "images_per_s": result.images_per_s,
-            "peak_rss_bytes": result.peak_rss_bytes,
-            "num_bad": result.num_bad,
-            "bad": result.bad_rows,
-        }
+        return training_stats(artifact, result)
 
     left_out: Any = {"compute": True, "labels": True, "walk": True, "optimiser": {"keep_checkpoints"}}
     return complete(

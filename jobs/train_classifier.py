@@ -20,7 +20,7 @@ from cluster.artifacts import Artifact
 from cluster.storage import Storage, read_uri
 from cluster.tracking import ChildRun
 from cluster.training import OptimiserSettings, TrainComputeSettings, train
-from jobs.context import StageContext, complete, round_folder, warn_of_loss
+from jobs.context import StageContext, complete, round_folder, training_stats, warn_of_loss
 from jobs.joins import with_column
 from jobs.manifest import Manifest
 from subcat_core.backbones import BackboneSettings, build_backbone, input_statistics
@@ -159,15 +159,7 @@ def run(context: StageContext, manifest: Manifest, round_index: int, subcategori
             )
         warn_of_loss(context, title, result)
         final = {key: value for key, value in result.metrics.items() if isinstance(value, int | float)}
-        return {
-            "weights": artifact.folder.read_json("result.json")["weights"],
-            "num_images": result.num_images,
-            "images_per_s": result.images_per_s,
-            "peak_rss_bytes": result.peak_rss_bytes,
-            "num_bad": result.num_bad,
-            "bad": result.bad_rows,
-            **final,
-        }
+        return {**training_stats(artifact, result), **final}
 
     return complete(
         context,

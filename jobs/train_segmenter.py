@@ -24,7 +24,7 @@ from cluster.artifacts import Artifact
 from cluster.storage import Storage, StorageError, read_uri
 from cluster.tracking import ChildRun
 from cluster.training import OptimiserSettings, TrainComputeSettings, train
-from jobs.context import StageContext, complete, warn_of_loss
+from jobs.context import StageContext, complete, training_stats, warn_of_loss
 from jobs.joins import with_column
 from jobs.manifest import Manifest
 from jobs.tile_masks import tile_mask_name
@@ -176,14 +176,7 @@ def train_on(
         warn_of_loss(context, title, result)
         if "pseudo_masks" in masks:
             log_model(context, manifest, artifact.folder)
-        return {
-            "weights": artifact.folder.read_json("result.json")["weights"],
-            "num_images": result.num_images,
-            "images_per_s": result.images_per_s,
-            "peak_rss_bytes": result.peak_rss_bytes,
-            "num_bad": result.num_bad,
-            "bad": result.bad_rows,
-        }
+        return training_stats(artifact, result)
 
     return complete(
         context,

@@ -12,8 +12,8 @@ from PIL import Image
 from cluster.artifacts import Artifact
 from cluster.image_reading import BadRow
 from jobs import choose_round, cut_tiles, evaluate, make_cams, make_pseudo_masks, predict
+from jobs.cam_tables import read_cams
 from jobs.context import StageContext
-from jobs.make_cams import read_cams
 from jobs.manifest import Manifest
 from jobs.predict import PredictSettings
 from jobs.sample import sample_ids
