@@ -102,14 +102,21 @@ def training_stats(artifact: Artifact, result: TrainResult) -> dict[str, Any]:
     }
 
 
-def warn_of_loss(context: StageContext, title: str, result: TrainResult) -> None:
+def warn_of_loss(context: StageContext, title: str, result: TrainResult, guess: float | None = None) -> None:
     """Tell of a training that learned nothing: a loss that is finite, and no lower in the last epoch than in the first.
 
-    What such a network makes looks like output, and every stage after it would pass it on.
+    What such a network makes looks like output, and every stage after it would pass it on. guess: the loss of always
+    answering the same, where it is known: a parent_loss above it is that of a network that tells no images apart.
     """
     first, last = result.history[0]["loss"], result.history[-1]["loss"]
     if len(result.history) > 1 and last >= first:
         context.progress.note(
             f"warning: {title}: the loss did not fall ({first:.3g} in the first epoch, {last:.3g} in the last); "
             "lower optimiser.learning_rate"
+        )
+    reached = result.history[-1].get("parent_loss")
+    if guess is not None and reached is not None and reached >= guess:
+        context.progress.note(
+            f"warning: {title}: the loss of the last epoch ({reached:.3g}) is not below {guess:.3g}, that of always "
+            "answering how frequent each class is; lower optimiser.learning_rate, or train longer"
         )

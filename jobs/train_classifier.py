@@ -27,7 +27,7 @@ from subcat_core.backbones import BackboneSettings, build_backbone, input_statis
 from subcat_core.classes import multi_hot
 from subcat_core.classifier import Classifier
 from subcat_core.images import AugmentSettings, augment, centre_crop, decode_image, resize_short_side
-from subcat_core.losses import joint_loss
+from subcat_core.losses import guess_loss, joint_loss
 from subcat_core.metrics import average_precision
 from subcat_core.settings import Settings
 from subcat_core.subcategories import subcategory_targets
@@ -157,7 +157,8 @@ def run(context: StageContext, manifest: Manifest, round_index: int, subcategori
                     {f"train_classifier/{key}": value for key, value in values.items()}, step
                 ),
             )
-        warn_of_loss(context, title, result)
+        positives = np.bincount(pc.list_flatten(rows["labels"]).to_numpy(), minlength=manifest.classes.num_classes)
+        warn_of_loss(context, title, result, guess_loss(positives, rows.num_rows))
         final = {key: value for key, value in result.metrics.items() if isinstance(value, int | float)}
         return {**training_stats(artifact, result), **final}
 

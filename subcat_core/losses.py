@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
@@ -35,6 +36,17 @@ def multilabel_soft_margin(
     terms = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").mean(dim=1)
     weight = torch.ones_like(terms) if weight is None else weight.float()
     return global_mean((terms * weight).sum(), weight.sum())
+
+
+def guess_loss(positives: np.ndarray, num_samples: int) -> float:
+    """`multilabel_soft_margin` of the best answer that is the same for all samples: how frequent each class is.
+
+    positives: (C,) int, samples with each class. Returns the mean over classes of the binary entropy, in nats.
+    """
+    share = np.asarray(positives, np.float64) / max(num_samples, 1)
+    tiny = np.finfo(np.float64).tiny  # 0 * log(0) counts as 0
+    parts = [part * np.log(np.maximum(part, tiny)) for part in (share, 1 - share)]
+    return float(-(parts[0] + parts[1]).mean())
 
 
 def joint_loss(

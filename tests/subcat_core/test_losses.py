@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from subcat_core.classes import IGNORE
-from subcat_core.losses import global_mean, joint_loss, multilabel_soft_margin
+from subcat_core.losses import global_mean, guess_loss, joint_loss, multilabel_soft_margin
 from subcat_core.segmenter import segmentation_loss
 
 
@@ -134,3 +135,12 @@ def test_mean_of_nothing_is_zero_and_the_count_has_no_gradient() -> None:
     global_mean(total, count).backward()
     assert count.grad is None
     assert global_mean(torch.tensor(6.0), torch.tensor(4.0)).item() == 1.5
+
+
+def test_guess_loss_is_that_of_the_best_constant_answer() -> None:
+    positives, num_samples = np.array([1, 4, 2]), 4  # log 2 for the third class, 0 for the one that all have
+    by_hand = (-(0.25 * np.log(0.25) + 0.75 * np.log(0.75)) + 0.0 + np.log(2)) / 3
+    assert guess_loss(positives, num_samples) == pytest.approx(by_hand, abs=1e-12)
+    targets = torch.tensor([[1.0, 1, 1], [0, 1, 1], [0, 1, 0], [0, 1, 0]])
+    logits = torch.tensor([[np.log(1 / 3), 40.0, 0.0]]).expand(4, 3)
+    assert multilabel_soft_margin(logits, targets).item() == pytest.approx(by_hand, abs=1e-6)
