@@ -107,36 +107,47 @@ def scores_of_run(storage: Storage) -> dict[Line, float | None]:
 def rank_correlations(storages: Sequence[Storage]) -> str:
     """How far the score without ground truth can be trusted, on the train split; empty where nothing has ground truth.
 
-    Spearman's rank correlation with the true mIoU, over the thresholds of each curve (the mean over curves) and over
-    rounds and runs, each at the threshold that the score picks; what those thresholds lose against the best ones; and
-    how often, of two rounds of one run, the one that scores higher is better.
+    Spearman's rank correlation with the true mIoU, over the thresholds of each curve (the mean over curves; none
+    without background) and over rounds and runs, each at the threshold that the score picks; what those thresholds lose
+    against the best ones; and how often, of two rounds of one run, the one that scores higher is better.
     """
-    within, free, true, losses, agree = [], [], [], [], []
-    for storage in storages:
-        picked = []
-        for cams in _cams(storage):
-            split, score = cams["splits"].get("train"), cams["label_free"]
-            if split is None or "best" not in split or not score["num_images"] or None in split["miou"]:
-                continue
-            within.append(_rank_correlation(score["score"], split["miou"]))
-            at = score["score"].index(max(score["score"]))
-            picked.append((score["score"][at], split["miou"][at]))
-            losses.append(split["best"]["miou"] - split["miou"][at])
-        free += [pair[0] for pair in picked]
-        true += [pair[1] for pair in picked]
-        pairs = itertools.combinations(picked, 2)
-        agree += [(one[0] - other[0]) * (one[1] - other[1]) > 0 for one, other in pairs]
-    if not losses:
+    runs = [[cams for cams in _cams(storage) if _has_truth(cams)] for storage in storages]
+    picked = [[_at_its_threshold(cams) for cams in run] for run in runs]
+    curves = [cams for run in runs for cams in run if "best" in cams["splits"]["train"]]
+    within = [_rank_correlation(cams["label_free"]["score"], cams["splits"]["train"]["miou"]) for cams in curves]
+    losses = [cams["splits"]["train"]["best"]["miou"] - _at_its_threshold(cams)[1] for cams in curves]
+    every = [pair for run in picked for pair in run]
+    if not every:
         return ""
-    within_text, across_text = f"{statistics.mean(within):.2f}", f"{_rank_correlation(free, true):.2f}"
-    lost, most = f"{statistics.mean(losses):.3f}", f"{max(losses):.3f}"
-    return (
-        f"The score without ground truth on train, {len(losses)} rounds of {len(storages)} runs: rank correlation with "
-        f"mIoU {within_text} over the thresholds of a curve, {across_text} over rounds and runs at the thresholds that "
-        f"it picks; they lose {lost} mIoU against the best ones (at most {most}). Of two rounds of a run, the one that "
-        f"it prefers was better in {sum(agree)} of {len(agree)} pairs; a later round is kept only where it is clearly "
-        "better."
+    pairs = [pair for run in picked for pair in itertools.combinations(run, 2)]
+    agree = sum((one[0] - other[0]) * (one[1] - other[1]) > 0 for one, other in pairs)
+    thresholds = (
+        f" {statistics.mean(within):.2f} over the thresholds of a curve (those that it picks lose "
+        f"{statistics.mean(losses):.3f} mIoU against the best ones, at most {max(losses):.3f}),"
+        if losses
+        else ""
     )
+    across = f"{_rank_correlation([pair[0] for pair in every], [pair[1] for pair in every]):.2f}"
+    return (
+        f"The score without ground truth on train, {len(every)} rounds of {len(storages)} runs: rank correlation with "
+        f"mIoU{thresholds} {across} over rounds and runs. Of two rounds of a run, the one that it prefers was better "
+        f"in {agree} of {len(pairs)} pairs; a later round is kept only where it is clearly better."
+    )
+
+
+def _has_truth(cams: dict[str, Any]) -> bool:
+    """Whether the maps of a round were scored with and without ground truth on train. cams: scores.json."""
+    split = cams["splits"].get("train")
+    if split is None or not cams["label_free"]["num_images"]:
+        return False
+    return None not in split["miou"] if "best" in split else split["miou"] is not None
+
+
+def _at_its_threshold(cams: dict[str, Any]) -> tuple[float, float]:
+    """(score without ground truth, mIoU on train) at the threshold of the highest score."""
+    scores, miou = cams["label_free"]["score"], cams["splits"]["train"]["miou"]
+    at = scores.index(max(scores))
+    return scores[at], miou[at] if isinstance(miou, list) else miou
 
 
 def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:

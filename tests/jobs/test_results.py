@@ -86,8 +86,20 @@ def test_rank_correlations_by_hand(tmp_path: Path) -> None:
     told = rank_correlations([storage])
     assert "2 rounds of 1 runs: rank correlation with mIoU 0.00 over the thresholds" in told  # (1 - 1) / 2
     assert "-1.00 over rounds and runs" in told
-    assert "they lose 0.100 mIoU against the best ones (at most 0.200)" in told
+    assert "those that it picks lose 0.100 mIoU against the best ones, at most 0.200" in told
     assert "better in 0 of 1 pairs" in told
+
+
+def test_rank_correlation_without_background_is_over_rounds_alone(tmp_path: Path) -> None:
+    storage = _curves_of_rounds(tmp_path, [([0.1], [0.4]), ([0.2], [0.5])])
+    for index, miou in enumerate((0.4, 0.5)):
+        name = f"rounds/{index:02d}/cams/scores.json"
+        scores = storage.read_json(name)
+        scores["splits"]["train"] = {"miou": miou}
+        storage.write_json(name, scores)
+    told = rank_correlations([storage])
+    assert "rank correlation with mIoU 1.00 over rounds and runs" in told
+    assert "better in 1 of 1 pairs" in told
 
 
 def test_rank_correlations_of_curves_that_do_not_vary_or_are_empty(tmp_path: Path) -> None:
