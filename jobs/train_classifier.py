@@ -21,7 +21,7 @@ from cluster.storage import Storage, read_uri
 from cluster.tracking import ChildRun
 from cluster.training import OptimiserSettings, TrainComputeSettings, train
 from jobs.context import StageContext, complete, round_folder, training_stats, warn_of_loss
-from jobs.joins import with_column
+from jobs.joins import one_row_an_image, with_column
 from jobs.manifest import Manifest
 from subcat_core.backbones import BackboneSettings, build_backbone, input_statistics
 from subcat_core.classes import multi_hot
@@ -130,8 +130,9 @@ def run(context: StageContext, manifest: Manifest, round_index: int, subcategori
         if subcategories is not None:
             num_clusters = subcategories.folder.read_json("result.json")["num_clusters"]
             names = manifest.shard_names("train")
-            tables = [subcategories.folder.read_table(f"{name}.parquet", ["image_id", "cluster_ids"]) for name in names]
-            rows = with_column(rows, pa.concat_tables(tables), "cluster_ids")
+            columns = ["image_id", "labels", "cluster_ids"]
+            tables = [subcategories.folder.read_table(f"{name}.parquet", columns) for name in names]
+            rows = with_column(rows, one_row_an_image(pa.concat_tables(tables), ["cluster_ids"]), "cluster_ids")
         split = settings.validation_split
         held_out = split is not None and manifest.shard_names(split)
         validation = manifest.rows(str(split), columns=["image_id", "uri", "labels"]) if held_out else None

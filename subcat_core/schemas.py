@@ -21,12 +21,15 @@ MANIFEST = pa.schema(
 
 
 def features(dimension: int, dtype: str) -> pa.Schema:
-    """Rows of `extract_features`: feature is (D,) float16 or float32."""
+    """Rows of `extract_features`: feature is (D,) float16 or float32.
+
+    One row an image; with features.pool = "region" one for each image and class, labels = [class_index].
+    """
     value = {"float16": pa.float16(), "float32": pa.float32()}[dtype]
     return pa.schema([("image_id", pa.string()), ("labels", LABELS), ("feature", pa.list_(value, dimension))])
 
 
-SUBCATEGORIES = pa.schema(
+SUBCATEGORIES = pa.schema(  # rows as those of the features they were made from
     [
         ("image_id", pa.string()),
         ("labels", LABELS),
