@@ -23,6 +23,7 @@ from cluster.training import OptimiserSettings, TrainComputeSettings, train
 from jobs.context import StageContext, complete, round_folder, training_stats, warn_of_loss
 from jobs.joins import one_row_an_image, with_column
 from jobs.manifest import Manifest
+from jobs.soft_targets import write_soft_targets
 from subcat_core.backbones import BackboneSettings, build_backbone, input_statistics
 from subcat_core.classes import multi_hot
 from subcat_core.classifier import Classifier
@@ -30,7 +31,7 @@ from subcat_core.images import AugmentSettings, augment, centre_crop, decode_ima
 from subcat_core.losses import joint_loss
 from subcat_core.metrics import average_precision
 from subcat_core.settings import Settings
-from subcat_core.subcategories import subcategory_targets
+from subcat_core.subcategories import soft_subcategory_targets, subcategory_targets
 
 
 class ClassifierSettings(Settings):
@@ -41,6 +42,11 @@ class ClassifierSettings(Settings):
     """On the feature map, before pooling (Chang et al.: 0.5)."""
     subcategory_weight: float = Field(default=5.0, ge=0)
     """Weight of the sub-category loss beside the parent loss (lambda of Chang et al.: 5)."""
+    subcategory_targets: Literal["hard", "soft"] = "hard"
+    """`hard`: 1 for the cluster of the image (the paper). `soft`: the softmax over the clusters of
+    -(squared distance to the centroid) / (soft_temperature * the class's mean squared distance to the own one)."""
+    soft_temperature: float = Field(default=1.0, gt=0)
+    """With `soft`: lower is nearer to `hard`."""
     augment: AugmentSettings = AugmentSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     compute: TrainComputeSettings = TrainComputeSettings()
@@ -80,7 +86,10 @@ class ClassifierTrainee:
 
     def _sample(self, image: np.ndarray, row: dict[str, Any]) -> dict[str, np.ndarray]:
         sample = {"image": image, "parent": multi_hot(row["labels"], self.num_classes)}
-        if self.num_clusters:
+        if self.num_clusters and row.get("soft_targets") is not None:
+            shares = row["soft_targets"]
+            sample["sub"] = soft_subcategory_targets(row["labels"], shares, self.num_classes, self.num_clusters)
+        elif self.num_clusters:
             sample["sub"] = subcategory_targets(row["labels"], row["cluster_ids"], self.num_classes, self.num_clusters)
         return sample
 
@@ -129,10 +138,15 @@ def run(context: StageContext, manifest: Manifest, round_index: int, subcategori
         num_clusters = 0
         if subcategories is not None:
             num_clusters = subcategories.folder.read_json("result.json")["num_clusters"]
-            names = manifest.shard_names("train")
-            columns = ["image_id", "labels", "cluster_ids"]
-            tables = [subcategories.folder.read_table(f"{name}.parquet", columns) for name in names]
-            rows = with_column(rows, one_row_an_image(pa.concat_tables(tables), ["cluster_ids"]), "cluster_ids")
+            folder, column = subcategories.folder, "cluster_ids"
+            if settings.subcategory_targets == "soft":
+                folder, column = artifact.folder.child("soft_targets"), "soft_targets"
+                write_soft_targets(
+                    context, manifest, round_index, subcategories.folder, folder, settings.soft_temperature
+                )
+            columns = ["image_id", "labels", column]
+            tables = [folder.read_table(f"{name}.parquet", columns) for name in manifest.shard_names("train")]
+            rows = with_column(rows, one_row_an_image(pa.concat_tables(tables), [column]), column)
         split = settings.validation_split
         held_out = split is not None and manifest.shard_names(split)
         validation = manifest.rows(str(split), columns=["image_id", "uri", "labels"]) if held_out else None
@@ -168,13 +182,21 @@ def run(context: StageContext, manifest: Manifest, round_index: int, subcategori
         stage="train_classifier",
         round_index=round_index,
         inputs={
-            "settings": settings.model_dump(mode="json", exclude={"compute": True, "optimiser": {"keep_checkpoints"}}),
+            "settings": settings.model_dump(mode="json", exclude=_without_effect(settings, round_index)),
             "rng_seed": experiment.rng_seed,
             "manifest": manifest.fingerprint,
             "subcategories": subcategories.output_fingerprint if subcategories else None,
         },
         work=work,
     )
+
+
+def _without_effect(settings: ClassifierSettings, round_index: int) -> dict[str, Any]:
+    """What to leave out of the fingerprint: what changes no result, and options in rounds that they do not touch."""
+    excluded: dict[str, Any] = {"compute": True, "optimiser": {"keep_checkpoints"}}
+    if settings.subcategory_targets == "hard" or round_index == 0:
+        excluded |= {"subcategory_targets": True, "soft_temperature": True}
+    return excluded
 
 
 def load_classifier(

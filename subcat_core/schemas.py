@@ -38,6 +38,21 @@ SUBCATEGORIES = pa.schema(  # rows as those of the features they were made from
     ]
 )
 
+SOFT_TARGETS = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("labels", LABELS),
+        ("soft_targets", pa.list_(pa.list_(pa.float32()))),  # for each label K shares of 1
+    ]
+)
+
+
+def centroids(dimension: int) -> pa.Schema:
+    """Rows of centroids.parquet, one for each cluster that holds a row: centroid is (D,)."""
+    value = pa.list_(pa.float32(), dimension)
+    return pa.schema([("class_index", pa.int32()), ("cluster_id", pa.int32()), ("centroid", value)])
+
+
 CAMS = pa.schema(
     [
         ("image_id", pa.string()),
