@@ -23,6 +23,7 @@ from cluster.training import OptimiserSettings, TrainComputeSettings, train
 from jobs.context import StageContext, complete, round_folder, training_stats, warn_of_loss
 from jobs.joins import one_row_an_image, with_column
 from jobs.manifest import Manifest
+from jobs.previous_head import PreviousRound, previous_head
 from jobs.soft_targets import write_soft_targets
 from subcat_core.backbones import BackboneSettings, build_backbone, input_statistics
 from subcat_core.classes import multi_hot
@@ -47,6 +48,10 @@ class ClassifierSettings(Settings):
     -(squared distance to the centroid) / (soft_temperature * the class's mean squared distance to the own one)."""
     soft_temperature: float = Field(default=1.0, gt=0)
     """With `soft`: lower is nearer to `hard`."""
+    subcategory_head: Literal["new", "previous"] = "new"
+    """`new`: random in every round (the paper). `previous`: from round 2 on the head of the round before, each cluster
+    taking the weights of the one it has most images in common with, one to one; the rest starts as ever. Rounds of
+    different kmeans.num_clusters take a new one."""
     augment: AugmentSettings = AugmentSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     compute: TrainComputeSettings = TrainComputeSettings()
@@ -56,16 +61,22 @@ class ClassifierSettings(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierTrainee:
-    """What the worker loop needs to know of the classifier. num_clusters: K, 0 in round 0."""
+    """What the worker loop needs to know of the classifier.
+
+    num_clusters: K, 0 in round 0. sub_head: (C*K, D) float32 that the sub-category head starts from; None: random.
+    """
 
     settings: ClassifierSettings
     num_classes: int
     num_clusters: int
+    sub_head: np.ndarray | None = None
 
     def build_model(self) -> Classifier:
         backbone, report = build_backbone(self.settings.backbone, read_uri=read_uri)
         model = Classifier(backbone, self.num_classes, self.num_clusters, dropout=self.settings.dropout)
         model.weights_account = report.summary()
+        if self.sub_head is not None:
+            model.start_sub_head(torch.from_numpy(self.sub_head))
         return model
 
     def make_sample(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -128,14 +139,25 @@ class ClassifierTrainee:
         return {"map": float(np.nanmean(precision)) if values else float("nan"), **values}
 
 
-def run(context: StageContext, manifest: Manifest, round_index: int, subcategories: Artifact | None) -> Artifact:
-    """Train, or skip what is trained. subcategories: of `cluster_features` of the round before; None in round 0."""
+def run(
+    context: StageContext,
+    manifest: Manifest,
+    round_index: int,
+    subcategories: Artifact | None,
+    previous: PreviousRound | None = None,
+) -> Artifact:
+    """Train, or skip what is trained. subcategories: of `cluster_features` of the round before; None in round 0.
+
+    previous: what the sub-category head may go on from; None in rounds 0 and 1.
+    """
     experiment = context.experiment
     settings = experiment.classifier
+    if settings.subcategory_head == "new":
+        previous = None
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
         rows = manifest.rows("train", columns=["image_id", "uri", "labels"])
-        num_clusters = 0
+        num_clusters, head = 0, None
         if subcategories is not None:
             num_clusters = subcategories.folder.read_json("result.json")["num_clusters"]
             folder, column = subcategories.folder, "cluster_ids"
@@ -147,6 +169,14 @@ def run(context: StageContext, manifest: Manifest, round_index: int, subcategori
             columns = ["image_id", "labels", column]
             tables = [folder.read_table(f"{name}.parquet", columns) for name in manifest.shard_names("train")]
             rows = with_column(rows, one_row_an_image(pa.concat_tables(tables), [column]), column)
+            if previous is not None:
+                names = manifest.shard_names("train")
+                head = previous_head(previous, subcategories.folder, names, manifest.classes.num_classes)
+                if head is None:
+                    context.progress.note(
+                        f"train classifier, round {round_index}: kmeans.num_clusters differs from the round before's; "
+                        "the sub-category head starts anew"
+                    )
         split = settings.validation_split
         held_out = split is not None and manifest.shard_names(split)
         validation = manifest.rows(str(split), columns=["image_id", "uri", "labels"]) if held_out else None
@@ -159,7 +189,7 @@ def run(context: StageContext, manifest: Manifest, round_index: int, subcategori
         total = settings.optimiser.length(rows.num_rows).num_images
         with context.progress.stage(title, total=total, unit="images") as bar:
             result = train(
-                ClassifierTrainee(settings, manifest.classes.num_classes, num_clusters),
+                ClassifierTrainee(settings, manifest.classes.num_classes, num_clusters, head),
                 rows,
                 val_rows=validation,
                 folder=artifact.folder,
@@ -186,6 +216,7 @@ def run(context: StageContext, manifest: Manifest, round_index: int, subcategori
             "rng_seed": experiment.rng_seed,
             "manifest": manifest.fingerprint,
             "subcategories": subcategories.output_fingerprint if subcategories else None,
+            **_fingerprints(previous),
         },
         work=work,
     )
@@ -196,7 +227,18 @@ def _without_effect(settings: ClassifierSettings, round_index: int) -> dict[str,
     excluded: dict[str, Any] = {"compute": True, "optimiser": {"keep_checkpoints"}}
     if settings.subcategory_targets == "hard" or round_index == 0:
         excluded |= {"subcategory_targets": True, "soft_temperature": True}
+    if settings.subcategory_head == "new" or round_index < 2:
+        excluded |= {"subcategory_head": True}
     return excluded
+
+
+def _fingerprints(previous: PreviousRound | None) -> dict[str, str]:
+    if previous is None:
+        return {}
+    return {
+        "previous_classifier": previous.classifier.output_fingerprint,
+        "previous_subcategories": previous.subcategories.output_fingerprint,
+    }
 
 
 def load_classifier(

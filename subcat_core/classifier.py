@@ -51,6 +51,20 @@ class Classifier(nn.Module):
             self.sub_head = nn.Linear(self.num_features, num_classes * num_clusters, bias=False)
             nn.init.xavier_uniform_(self.sub_head.weight)
 
+    def start_sub_head(self, weight: torch.Tensor) -> None:
+        """Take the weights of an earlier sub-category head, (C*K, D) float32, its outputs in this one's order.
+
+        Raises ValueError for another shape.
+        """
+        expected = (self.num_classes * self.num_clusters, self.num_features)
+        if self.sub_head is None or weight.shape != expected:
+            raise ValueError(
+                f"got a sub-category head of shape {tuple(weight.shape)}, expected {expected}; take the same backbone "
+                'in both rounds, or classifier.subcategory_head = "new"'
+            )
+        with torch.no_grad():
+            self.sub_head.weight.copy_(weight)
+
     def forward(self, images: torch.Tensor) -> ClassifierOutput:
         """images: (N, 3, H, W) RGB 0..255, uint8 or float."""
         features = self.extract(images)
