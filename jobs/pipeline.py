@@ -182,7 +182,9 @@ def _run_stages(context: StageContext) -> Iterator[str]:
         yield "cut_tiles"
     seen, images = (manifest, None) if tiles is None else (tiles, manifest)  # seen: by the rounds
 
-    classifiers, cams, subcategories = [], [], []
+    classifiers: list[Artifact] = []
+    cams: list[Artifact] = []
+    subcategories: list[Artifact] = []
     for round_index in range(context.experiment.rounds + 1):
         last = round_index == context.experiment.rounds
         in_round = context.for_round(round_index)
