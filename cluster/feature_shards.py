@@ -107,11 +107,11 @@ class FaissShard:
     def _try_to_seal(self, file: ShardFile) -> None:
         """Make the block of a file once all its rows are there."""
         rows = _joined(self._pieces.get(file.name, []), file.dimension)
-        first = np.unique(np.array(rows.image_ids, np.str_), return_index=True)[1]
+        first = np.unique(np.array(rows.row_keys(), np.str_), return_index=True)[1]
         if len(first) != file.num_rows:
             return
         if len(first) < len(rows.image_ids):
-            rows = rows.taken(first)
+            rows = rows.taken(np.sort(first))
         settings = self._plan.settings
         try:
             self._blocks[file.block_id] = FeatureBlock(file.name, rows, self._plan.num_classes, settings.stored_dtype)
@@ -122,12 +122,13 @@ class FaissShard:
     def _why_not_whole(self, file: ShardFile) -> ValueError | None:
         if file.block_id in self._blocks:
             return None
-        ids = [image_id for piece in self._pieces.get(file.name, []) for image_id in piece.image_ids]
+        ids = [key for piece in self._pieces.get(file.name, []) for key in piece.row_keys()]
         if len(ids) >= file.num_rows and len(ids) > len(set(ids)):
             seen: set[str] = set()
             twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
             return ValueError(
-                f"{file.name}: image_id {twice!r} occurs twice, expected unique ids; extract this shard again"
+                f"{file.name}: image_id {twice.rpartition('/')[0]!r} occurs twice, expected one row for an image and "
+                "class; extract this shard again"
             )
         return ValueError(
             f"{file.name}: {len(ids)} rows arrived, expected {file.num_rows}; the file changed while it was read, "

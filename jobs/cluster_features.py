@@ -1,7 +1,8 @@
 """Cluster the features inside each parent class; the clusters are the sub-categories of the next round.
 
 Reads:   features of the same round
-Writes:  rounds/RR/subcategories: part-*.parquet of image_id, labels, cluster_ids, distances; result.json
+Writes:  rounds/RR/subcategories: part-*.parquet of image_id, labels, cluster_ids, distances; centroids.parquet;
+         result.json
 Runs on: faiss Ray actors that Ray Data feeds from the shards; in process with stream.num_actors = 0
 """
 
@@ -16,6 +17,7 @@ from cluster.feature_shards import cluster_features
 from cluster.tracking import ChildRun
 from jobs.context import StageContext, complete, round_folder
 from jobs.manifest import Manifest
+from jobs.soft_targets import CENTROIDS, centroid_table
 
 
 def run(context: StageContext, manifest: Manifest, round_index: int, features: Artifact) -> Artifact:
@@ -44,6 +46,7 @@ def run(context: StageContext, manifest: Manifest, round_index: int, features: A
                 rng_seed=experiment.rng_seed,
                 on_pass=on_pass,
             )
+        artifact.folder.write_table(CENTROIDS, centroid_table(result.centroids))
         counts = np.asarray(result.counts)
         artifact.folder.write_json(
             "result.json",

@@ -119,8 +119,12 @@ def _extract_features(step: StagePlan, e: Experiment, n: DataCounts, a: CostAssu
     )
 
 
+def _feature_rows(e: Experiment, n: DataCounts) -> int:
+    return round(n.num_train * n.labels_per_image) if e.features.pool == "region" else n.num_train
+
+
 def _feature_bytes(e: Experiment, n: DataCounts) -> int:
-    return n.num_train * backbone_on_meta(e.classifier.backbone).num_features * _VALUE_BYTES[e.features.dtype]
+    return _feature_rows(e, n) * backbone_on_meta(e.classifier.backbone).num_features * _VALUE_BYTES[e.features.dtype]
 
 
 def _cluster_features(step: StagePlan, e: Experiment, n: DataCounts, a: CostAssumptions) -> StageCost:
@@ -128,7 +132,7 @@ def _cluster_features(step: StagePlan, e: Experiment, n: DataCounts, a: CostAssu
     dimension = backbone_on_meta(e.classifier.backbone).num_features
     num_rows = round(n.num_train * n.labels_per_image)
     macs = num_rows * settings.num_clusters * dimension * settings.max_passes
-    held = n.num_train * dimension * _VALUE_BYTES[settings.stored_dtype]
+    held = _feature_rows(e, n) * dimension * _VALUE_BYTES[settings.stored_dtype]
     return StageCost(
         step,
         n.num_train,

@@ -1,4 +1,4 @@
-"""Write the pooled feature of every training image, once.
+"""Write the pooled feature of every training image, or of each of its classes, once.
 
 Reads:   manifest (train), classifier of the same round
 Writes:  rounds/RR/features: part-*.parquet of image_id, labels, feature (D,)
@@ -35,6 +35,11 @@ _WAITING_BATCHES = 4  # images that wait for others of their size, in batches
 class FeatureSettings(Settings):
     """What is stored for clustering."""
 
+    pool: Literal["image", "region"] = "image"
+    """`image`: one feature an image, the mean over its whole map (the paper). `region`: one for each tagged class, the
+    mean over the cells where the class's own map is confident, weighted by that map (region_features.py)."""
+    region_threshold: float = Field(default=0.4, ge=0, lt=1)
+    """With `region`: a cell belongs where the class's map exceeds this share of its maximum."""
     dtype: Literal["float16", "float32"] = "float16"
     """How features are stored: float16 takes half the space, and clustering adds up in float64 either way."""
     base_px: int | None = Field(default=None, ge=16)
@@ -68,30 +73,44 @@ class FeatureWorker:
 
     def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
         rows: list[dict[str, Any]] = []
-        features: list[np.ndarray] = []
+        features: list[np.ndarray] = []  # (rows of the image, D) each
         bad: list[BadRow] = []
         for batch in self._batches(inputs["manifest"], bad):
             rows += [row for row, _ in batch]
-            features.append(self._extract([image for _, image in batch]))
-        values = np.concatenate(features) if features else np.zeros((0, self.model.num_features), np.float32)
-        values = values.astype(self.settings.dtype)
-        finite = np.asarray(np.isfinite(values).all(axis=1))
+            images = [image for _, image in batch]
+            if self.settings.pool == "region":
+                features += self._extract_regions(images, [row["labels"] or [] for row, _ in batch])
+            else:
+                features += list(self._extract(images)[:, None])
+        features = [feature.astype(self.settings.dtype) for feature in features]
+        finite = [bool(np.isfinite(feature).all()) for feature in features]
         bad += [
             BadRow(row["image_id"], row["uri"], f"feature is not finite in {self.settings.dtype}")
             for row, good in zip(rows, finite, strict=True)
             if not good
         ]
-        kept = [row for row, good in zip(rows, finite, strict=True) if good]
+        kept = [(row, feature) for row, feature, good in zip(rows, features, finite, strict=True) if good]
+        return ShardOutput(table=self._table(kept), bad=bad, stats={}, num_rows=len(kept))
+
+    def _table(self, kept: list[tuple[dict[str, Any], np.ndarray]]) -> pa.Table:
+        """Manifest rows with their features, as schemas.features."""
+        ids: list[str] = []
+        labels: list[list[int]] = []
+        for row, feature in kept:
+            by_class = self.settings.pool == "region" and row["labels"]
+            ids += [row["image_id"]] * len(feature)
+            labels += [[class_index] for class_index in row["labels"]] if by_class else [row["labels"]]
+        empty = np.zeros((0, self.model.num_features), self.settings.dtype)
+        values = np.concatenate([empty, *(feature for _, feature in kept)])
         schema = schemas.features(self.model.num_features, self.settings.dtype)
-        table = pa.Table.from_arrays(
+        return pa.Table.from_arrays(
             [
-                pa.array([row["image_id"] for row in kept], pa.string()),
-                pa.array([row["labels"] for row in kept], schemas.LABELS),
-                pa.FixedSizeListArray.from_arrays(pa.array(values[finite].ravel()), type=schema.field("feature").type),
+                pa.array(ids, pa.string()),
+                pa.array(labels, schemas.LABELS),
+                pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), type=schema.field("feature").type),
             ],
             schema=schema,
         )
-        return ShardOutput(table=table, bad=bad, stats={}, num_rows=len(kept))
 
     def _batches(self, table: pa.Table, bad: list[BadRow]) -> Iterator[list[tuple[dict[str, Any], np.ndarray]]]:
         """Images of equal size, up to batch_size together.
@@ -125,10 +144,29 @@ class FeatureWorker:
     @torch.inference_mode()
     def _extract(self, images: list[np.ndarray]) -> np.ndarray:
         """(N, D) float32 of images of one size."""
+        return np.concatenate([self.model.extract(part).float().cpu().numpy() for _, part in self._passes(images)])
+
+    @torch.inference_mode()
+    def _extract_regions(self, images: list[np.ndarray], labels: list[list[int]]) -> list[np.ndarray]:
+        """For each image of one size (n, D) float32 of its n classes; (1, D) of the whole image where it has no tag."""
+        found: list[np.ndarray] = []
+        for place, part in self._passes(images):
+            regions = self.model.extract_regions(part, labels[place], self.settings.region_threshold)
+            found += [region.cpu().numpy() for region in regions]
+        return found
+
+    def _passes(self, images: list[np.ndarray]) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(places, (n, 3, H, W) uint8 on the device): images of one size that go through together."""
         batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         pass_px = self.settings.pass_px * (10 if self.device.type == "cuda" else 1)
-        parts = passes(len(images), images[0].shape[0] * images[0].shape[1], pass_px)
-        return np.concatenate([self.model.extract(batch[part].to(self.device)).float().cpu().numpy() for part in parts])
+        for part in passes(len(images), images[0].shape[0] * images[0].shape[1], pass_px):
+            yield part, batch[part].to(self.device)
+
+
+def _without_effect(settings: FeatureSettings) -> set[str]:
+    """Settings that change no feature; the default pool neither, so that features made before it was a setting stay."""
+    unused = {"pool", "region_threshold"} if settings.pool == "image" else set()
+    return {"batch_size", "pass_px"} | unused
 
 
 def run(context: StageContext, manifest: Manifest, round_index: int, classifier: Artifact) -> Artifact:
@@ -165,7 +203,7 @@ def run(context: StageContext, manifest: Manifest, round_index: int, classifier:
         stage="extract_features",
         round_index=round_index,
         inputs={
-            "settings": settings.model_dump(mode="json", exclude={"batch_size", "pass_px"}),
+            "settings": settings.model_dump(mode="json", exclude=_without_effect(settings)),
             "manifest": manifest.fingerprint,
             "classifier": classifier.output_fingerprint,
         },

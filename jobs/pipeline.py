@@ -9,8 +9,9 @@
 Stages in brackets run where the config has their section.
 
 With tiles, the rounds see tiles in place of images, and pseudo masks are of whole images again.
-Every classifier starts from the pretrained weights again; a round hands on only its sub-categories. The last round
-makes none, for nothing would use them. Pseudo masks come from the round that choose_round keeps.
+Every classifier starts from the pretrained weights again; a round hands on only its sub-categories (and, with
+classifier.subcategory_head = "previous", its head for them). The last round makes none, for nothing would use them.
+Pseudo masks come from the round that choose_round keeps.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from jobs import (
 )
 from jobs.context import StageContext, round_folder
 from jobs.manifest import Manifest, open_manifest
+from jobs.previous_head import PreviousRound
 
 if TYPE_CHECKING:
     from jobs.config import Experiment
@@ -180,12 +182,14 @@ def _run_stages(context: StageContext) -> Iterator[str]:
         yield "cut_tiles"
     seen, images = (manifest, None) if tiles is None else (tiles, manifest)  # seen: by the rounds
 
-    subcategories: Artifact | None = None
-    classifiers, cams = [], []
+    classifiers: list[Artifact] = []
+    cams: list[Artifact] = []
+    subcategories: list[Artifact] = []
     for round_index in range(context.experiment.rounds + 1):
         last = round_index == context.experiment.rounds
         in_round = context.for_round(round_index)
-        classifier = train_classifier.run(in_round, seen, round_index, subcategories)
+        previous = PreviousRound(classifiers[-1], subcategories[-2]) if round_index > 1 else None
+        classifier = train_classifier.run(in_round, seen, round_index, next(reversed(subcategories), None), previous)
         classifiers.append(classifier)
         yield "train_classifier"
         cams.append(make_cams.run(in_round, seen, round_index, classifier, images))
@@ -193,7 +197,7 @@ def _run_stages(context: StageContext) -> Iterator[str]:
         if not last:
             features = extract_features.run(in_round, seen, round_index, classifier)
             yield "extract_features"
-            subcategories = cluster_features.run(in_round, seen, round_index, features)
+            subcategories.append(cluster_features.run(in_round, seen, round_index, features))
             yield "cluster_features"
 
     choice = choose_round.run(context, seen, cams)

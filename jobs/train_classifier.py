@@ -21,8 +21,10 @@ from cluster.storage import Storage, read_uri
 from cluster.tracking import ChildRun
 from cluster.training import OptimiserSettings, TrainComputeSettings, train
 from jobs.context import StageContext, complete, round_folder, training_stats, warn_of_loss
-from jobs.joins import with_column
+from jobs.joins import one_row_an_image, with_column
 from jobs.manifest import Manifest
+from jobs.previous_head import PreviousRound, previous_head
+from jobs.soft_targets import write_soft_targets
 from subcat_core.backbones import BackboneSettings, build_backbone, input_statistics
 from subcat_core.classes import multi_hot
 from subcat_core.classifier import Classifier
@@ -30,7 +32,7 @@ from subcat_core.images import AugmentSettings, augment, centre_crop, decode_ima
 from subcat_core.losses import guess_loss, joint_loss
 from subcat_core.metrics import average_precision
 from subcat_core.settings import Settings
-from subcat_core.subcategories import subcategory_targets
+from subcat_core.subcategories import soft_subcategory_targets, subcategory_targets
 
 
 class ClassifierSettings(Settings):
@@ -41,6 +43,15 @@ class ClassifierSettings(Settings):
     """On the feature map, before pooling (Chang et al.: 0.5)."""
     subcategory_weight: float = Field(default=5.0, ge=0)
     """Weight of the sub-category loss beside the parent loss (lambda of Chang et al.: 5)."""
+    subcategory_targets: Literal["hard", "soft"] = "hard"
+    """`hard`: 1 for the cluster of the image (the paper). `soft`: the softmax over the clusters of
+    -(squared distance to the centroid) / (soft_temperature * the class's mean squared distance to the own one)."""
+    soft_temperature: float = Field(default=1.0, gt=0)
+    """With `soft`: lower is nearer to `hard`."""
+    subcategory_head: Literal["new", "previous"] = "new"
+    """`new`: random in every round (the paper). `previous`: from round 2 on the head of the round before, each cluster
+    taking the weights of the one it has most images in common with, one to one; the rest starts as ever. Rounds of
+    different kmeans.num_clusters take a new one."""
     augment: AugmentSettings = AugmentSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     compute: TrainComputeSettings = TrainComputeSettings()
@@ -50,16 +61,22 @@ class ClassifierSettings(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierTrainee:
-    """What the worker loop needs to know of the classifier. num_clusters: K, 0 in round 0."""
+    """What the worker loop needs to know of the classifier.
+
+    num_clusters: K, 0 in round 0. sub_head: (C*K, D) float32 that the sub-category head starts from; None: random.
+    """
 
     settings: ClassifierSettings
     num_classes: int
     num_clusters: int
+    sub_head: np.ndarray | None = None
 
     def build_model(self) -> Classifier:
         backbone, report = build_backbone(self.settings.backbone, read_uri=read_uri)
         model = Classifier(backbone, self.num_classes, self.num_clusters, dropout=self.settings.dropout)
         model.weights_account = report.summary()
+        if self.sub_head is not None:
+            model.start_sub_head(torch.from_numpy(self.sub_head))
         return model
 
     def make_sample(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -80,7 +97,10 @@ class ClassifierTrainee:
 
     def _sample(self, image: np.ndarray, row: dict[str, Any]) -> dict[str, np.ndarray]:
         sample = {"image": image, "parent": multi_hot(row["labels"], self.num_classes)}
-        if self.num_clusters:
+        if self.num_clusters and row.get("soft_targets") is not None:
+            shares = row["soft_targets"]
+            sample["sub"] = soft_subcategory_targets(row["labels"], shares, self.num_classes, self.num_clusters)
+        elif self.num_clusters:
             sample["sub"] = subcategory_targets(row["labels"], row["cluster_ids"], self.num_classes, self.num_clusters)
         return sample
 
@@ -119,19 +139,44 @@ class ClassifierTrainee:
         return {"map": float(np.nanmean(precision)) if values else float("nan"), **values}
 
 
-def run(context: StageContext, manifest: Manifest, round_index: int, subcategories: Artifact | None) -> Artifact:
-    """Train, or skip what is trained. subcategories: of `cluster_features` of the round before; None in round 0."""
+def run(
+    context: StageContext,
+    manifest: Manifest,
+    round_index: int,
+    subcategories: Artifact | None,
+    previous: PreviousRound | None = None,
+) -> Artifact:
+    """Train, or skip what is trained. subcategories: of `cluster_features` of the round before; None in round 0.
+
+    previous: what the sub-category head may go on from; None in rounds 0 and 1.
+    """
     experiment = context.experiment
     settings = experiment.classifier
+    if settings.subcategory_head == "new":
+        previous = None
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
         rows = manifest.rows("train", columns=["image_id", "uri", "labels"])
-        num_clusters = 0
+        num_clusters, head = 0, None
         if subcategories is not None:
             num_clusters = subcategories.folder.read_json("result.json")["num_clusters"]
-            names = manifest.shard_names("train")
-            tables = [subcategories.folder.read_table(f"{name}.parquet", ["image_id", "cluster_ids"]) for name in names]
-            rows = with_column(rows, pa.concat_tables(tables), "cluster_ids")
+            folder, column = subcategories.folder, "cluster_ids"
+            if settings.subcategory_targets == "soft":
+                folder, column = artifact.folder.child("soft_targets"), "soft_targets"
+                write_soft_targets(
+                    context, manifest, round_index, subcategories.folder, folder, settings.soft_temperature
+                )
+            columns = ["image_id", "labels", column]
+            tables = [folder.read_table(f"{name}.parquet", columns) for name in manifest.shard_names("train")]
+            rows = with_column(rows, one_row_an_image(pa.concat_tables(tables), [column]), column)
+            if previous is not None:
+                names = manifest.shard_names("train")
+                head = previous_head(previous, subcategories.folder, names, manifest.classes.num_classes)
+                if head is None:
+                    context.progress.note(
+                        f"train classifier, round {round_index}: kmeans.num_clusters differs from the round before's; "
+                        "the sub-category head starts anew"
+                    )
         split = settings.validation_split
         held_out = split is not None and manifest.shard_names(split)
         validation = manifest.rows(str(split), columns=["image_id", "uri", "labels"]) if held_out else None
@@ -144,7 +189,7 @@ def run(context: StageContext, manifest: Manifest, round_index: int, subcategori
         total = settings.optimiser.length(rows.num_rows).num_images
         with context.progress.stage(title, total=total, unit="images") as bar:
             result = train(
-                ClassifierTrainee(settings, manifest.classes.num_classes, num_clusters),
+                ClassifierTrainee(settings, manifest.classes.num_classes, num_clusters, head),
                 rows,
                 val_rows=validation,
                 folder=artifact.folder,
@@ -168,13 +213,33 @@ def run(context: StageContext, manifest: Manifest, round_index: int, subcategori
         stage="train_classifier",
         round_index=round_index,
         inputs={
-            "settings": settings.model_dump(mode="json", exclude={"compute": True, "optimiser": {"keep_checkpoints"}}),
+            "settings": settings.model_dump(mode="json", exclude=_without_effect(settings, round_index)),
             "rng_seed": experiment.rng_seed,
             "manifest": manifest.fingerprint,
             "subcategories": subcategories.output_fingerprint if subcategories else None,
+            **_fingerprints(previous),
         },
         work=work,
     )
+
+
+def _without_effect(settings: ClassifierSettings, round_index: int) -> dict[str, Any]:
+    """What to leave out of the fingerprint: what changes no result, and options in rounds that they do not touch."""
+    excluded: dict[str, Any] = {"compute": True, "optimiser": {"keep_checkpoints"}}
+    if settings.subcategory_targets == "hard" or round_index == 0:
+        excluded |= {"subcategory_targets": True, "soft_temperature": True}
+    if settings.subcategory_head == "new" or round_index < 2:
+        excluded |= {"subcategory_head": True}
+    return excluded
+
+
+def _fingerprints(previous: PreviousRound | None) -> dict[str, str]:
+    if previous is None:
+        return {}
+    return {
+        "previous_classifier": previous.classifier.output_fingerprint,
+        "previous_subcategories": previous.subcategories.output_fingerprint,
+    }
 
 
 def load_classifier(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from subcat_core.backbones import Backbone
+from subcat_core.region_features import region_means
 from subcat_core.schedule import parameter_groups
 
 __all__ = ["Classifier", "ClassifierOutput"]
@@ -50,6 +51,20 @@ class Classifier(nn.Module):
             self.sub_head = nn.Linear(self.num_features, num_classes * num_clusters, bias=False)
             nn.init.xavier_uniform_(self.sub_head.weight)
 
+    def start_sub_head(self, weight: torch.Tensor) -> None:
+        """Take the weights of an earlier sub-category head, (C*K, D) float32, its outputs in this one's order.
+
+        Raises ValueError for another shape.
+        """
+        expected = (self.num_classes * self.num_clusters, self.num_features)
+        if self.sub_head is None or weight.shape != expected:
+            raise ValueError(
+                f"got a sub-category head of shape {tuple(weight.shape)}, expected {expected}; take the same backbone "
+                'in both rounds, or classifier.subcategory_head = "new"'
+            )
+        with torch.no_grad():
+            self.sub_head.weight.copy_(weight)
+
     def forward(self, images: torch.Tensor) -> ClassifierOutput:
         """images: (N, 3, H, W) RGB 0..255, uint8 or float."""
         features = self.extract(images)
@@ -60,6 +75,24 @@ class Classifier(nn.Module):
     def extract(self, images: torch.Tensor) -> torch.Tensor:
         """(N, D) float32: the mean of the feature map over all cells; k-means clusters these (authors' code)."""
         return cast(torch.Tensor, self.backbone(images).float().mean(dim=(2, 3)))
+
+    def extract_regions(
+        self, images: torch.Tensor, class_indices: Sequence[Sequence[int]], threshold: float
+    ) -> list[torch.Tensor]:
+        """For each image (n, D) float32: the mean feature of the confident region of each of its n asked classes.
+
+        images: (N, 3, H, W). class_indices: N lists. A region is where the class's own map of this one view is above
+        `threshold` of its maximum (`region_means`). An image with no asked class gets (1, D), its plain mean. Raises
+        ValueError for a class_index outside 0..C-1.
+        """
+        found = []
+        for features, indices in zip(self.backbone(images).float(), class_indices, strict=True):
+            if len(indices):
+                maps = self._maps_of(features[None], indices, relu=True)[0]
+                found.append(region_means(features, maps, threshold))
+            else:
+                found.append(features.mean(dim=(1, 2))[None])
+        return found
 
     def parent_maps(self, images: torch.Tensor, class_indices: Sequence[int], *, relu: bool = True) -> torch.Tensor:
         """ReLU'd maps of the asked classes only: (N, n, h, w) float32 >= 0, unnormalised (Chang et al. 2020, section

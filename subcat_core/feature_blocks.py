@@ -22,9 +22,10 @@ _TILE_ROWS = 256  # rows gathered at once: they stay in the second-level cache f
 
 @dataclasses.dataclass(frozen=True)
 class ImageRows:
-    """Features of n images as they come from a table.
+    """Features of n images as they come from a table, or of n pairs of image and class (features.pool = "region").
 
-    image_ids: n strings. label_counts: (n,) int64. label_values: class_index of every label, image after image.
+    image_ids: n strings; rows of one image have no label in common. label_counts: (n,) int64. label_values: class_index
+    of every label, row after row.
     features: (n, D) float16 or float32.
     """
 
@@ -32,6 +33,13 @@ class ImageRows:
     label_counts: np.ndarray
     label_values: np.ndarray
     features: np.ndarray
+
+    def row_keys(self) -> list[str]:
+        """n strings that tell the rows of a file apart: image_id with the row's first label."""
+        labels = np.append(self.label_values, -1)  # a row without labels may stand at the end
+        first = np.cumsum(self.label_counts) - self.label_counts
+        firsts = np.where(self.label_counts > 0, labels[first], -1).tolist()
+        return [f"{image_id}/{label}" for image_id, label in zip(self.image_ids, firsts, strict=True)]
 
     def taken(self, order: np.ndarray) -> ImageRows:
         """The images at positions `order`, in that order."""
@@ -49,7 +57,7 @@ class FeatureBlock:
     """The rows of one feature shard file: images by rising image_id; (image, class) pairs index them by class."""
 
     def __init__(self, name: str, rows: ImageRows, num_classes: int, stored_dtype: str = "float32") -> None:
-        """Raises ValueError naming file and image for NaN, infinity, bad labels or an image_id that occurs twice."""
+        """Raises ValueError naming file and image for NaN, infinity, bad labels or an image that occurs twice."""
         order = np.array(sorted(range(len(rows.image_ids)), key=rows.image_ids.__getitem__), np.int64)
         rows = rows.taken(order)
         self.name = name
@@ -148,23 +156,27 @@ def _checked_features(name: str, rows: ImageRows, stored_dtype: str) -> np.ndarr
 
 
 def _check_labels(name: str, rows: ImageRows, num_classes: int) -> None:
-    images = np.repeat(np.arange(len(rows.image_ids)), rows.label_counts)
+    row_of_label = np.repeat(np.arange(len(rows.image_ids)), rows.label_counts)
     outside = np.flatnonzero((rows.label_values < 0) | (rows.label_values >= num_classes))
     if len(outside):
         raise ValueError(
-            f"{name}: image_id {rows.image_ids[images[outside[0]]]!r} has label {rows.label_values[outside[0]]}, "
+            f"{name}: image_id {rows.image_ids[row_of_label[outside[0]]]!r} has label {rows.label_values[outside[0]]}, "
             f"expected a class_index 0..{num_classes - 1}; use the class table these features were made with"
         )
-    keys = np.sort(images * num_classes + rows.label_values)
-    twice = np.flatnonzero(keys[1:] == keys[:-1])
+    same = [first == second for first, second in zip(rows.image_ids, rows.image_ids[1:], strict=False)]
+    image_of_row = np.arange(len(rows.image_ids)) - np.cumsum([False, *same])[: len(rows.image_ids)]
+    keys = image_of_row[row_of_label] * num_classes + rows.label_values
+    order = np.argsort(keys, kind="stable")
+    twice = np.flatnonzero(keys[order][1:] == keys[order][:-1])
     if len(twice):
-        image, label = divmod(int(keys[twice[0]]), num_classes)
-        raise ValueError(
-            f"{name}: image_id {rows.image_ids[image]!r} has label {label} twice, expected it once; dedupe"
-        )
-    for first, second in zip(rows.image_ids, rows.image_ids[1:], strict=False):
+        first, second = row_of_label[order[twice[0] : twice[0] + 2]]
+        what = f"image_id {rows.image_ids[first]!r} {{}} label {rows.label_values[order[twice[0]]]}"
         if first == second:
-            raise ValueError(f"{name}: image_id {first!r} occurs twice, expected unique ids; extract this shard again")
+            raise ValueError(f"{name}: {what.format('has')} twice, expected it once; dedupe")
+        raise ValueError(
+            f"{name}: {what.format('occurs twice with')}, expected one row for an image and class; "
+            "extract this shard again"
+        )
 
 
 def image_hashes(image_ids: Sequence[str], rng_seed: int) -> np.ndarray:

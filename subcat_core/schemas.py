@@ -21,12 +21,15 @@ MANIFEST = pa.schema(
 
 
 def features(dimension: int, dtype: str) -> pa.Schema:
-    """Rows of `extract_features`: feature is (D,) float16 or float32."""
+    """Rows of `extract_features`: feature is (D,) float16 or float32.
+
+    One row an image; with features.pool = "region" one for each image and class, labels = [class_index].
+    """
     value = {"float16": pa.float16(), "float32": pa.float32()}[dtype]
     return pa.schema([("image_id", pa.string()), ("labels", LABELS), ("feature", pa.list_(value, dimension))])
 
 
-SUBCATEGORIES = pa.schema(
+SUBCATEGORIES = pa.schema(  # rows as those of the features they were made from
     [
         ("image_id", pa.string()),
         ("labels", LABELS),
@@ -34,6 +37,21 @@ SUBCATEGORIES = pa.schema(
         ("distances", pa.list_(pa.float32())),  # Euclidean, to the own centroid
     ]
 )
+
+SOFT_TARGETS = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("labels", LABELS),
+        ("soft_targets", pa.list_(pa.list_(pa.float32()))),  # for each label K shares of 1
+    ]
+)
+
+
+def centroids(dimension: int) -> pa.Schema:
+    """Rows of centroids.parquet, one for each cluster that holds a row: centroid is (D,)."""
+    value = pa.list_(pa.float32(), dimension)
+    return pa.schema([("class_index", pa.int32()), ("cluster_id", pa.int32()), ("centroid", value)])
+
 
 CAMS = pa.schema(
     [

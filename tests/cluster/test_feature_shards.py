@@ -197,6 +197,15 @@ def test_an_image_twice_in_a_file_is_an_error() -> None:
         holder.finish()
 
 
+def test_an_image_with_a_row_for_each_class_is_whole_when_all_came() -> None:
+    rows = rows_of(["a", "b", "a"], [[11], [2], [2]], np.array([[1.0], [2.0], [3.0]], np.float32))
+    holder = FaissShard([ShardFile(0, "part-00004", 3, 1)], ShardPlan(1, 12, SETTINGS))
+    for piece in ([0, 1], [0, 1], [2]):
+        holder.add("part-00004", rows.taken(np.array(piece)))
+    holder.finish()
+    assert holder.shard.counts[[2, 11]].tolist() == [2, 1]
+
+
 def test_a_cache_that_does_not_fit_is_refused() -> None:
     holder = FaissShard([ShardFile(0, "part-00000", 10**12, 4096)], ShardPlan(1, 1, SETTINGS))
     assert holder.reserve().cache_bytes == 10**12 * 4096 * 4

@@ -76,6 +76,9 @@ def test_features_and_kmeans_by_hand() -> None:
     assert kmeans.cpu_s == pytest.approx(150 * 2 * 512 * 50 / 9.4e9)  # rows, K, D, passes
     assert kmeans.read_bytes == 100 * 512 * 2
     assert kmeans.network_ops == 0
+    costs = _costs(_experiment(features={"pool": "region"}))  # a row for each of the 1.5 classes of an image
+    assert costs["extract_features 0"].written_bytes == costs["cluster_features 0"].read_bytes == 150 * 512 * 2
+    assert costs["extract_features 0"].num_images == 100
 
 
 def test_crf_is_scaled_from_the_measured_figures() -> None:

@@ -17,6 +17,7 @@ from jobs.train_classifier import ClassifierSettings
 from subcat_core.backbones import BackboneSettings, build_backbone
 from subcat_core.classifier import Classifier
 from subcat_core.images import resize
+from tests.subcat_core.test_region_features import plain_region_mean
 
 SIZES = [(20 + 3 * index, 70 - 2 * index) for index in range(14)] + [(40, 40)] * 5 + [(24, 200), (300, 30)]
 SETTINGS = stage.FeatureSettings(dtype="float32", batch_size=2, max_px=64, pass_px=3000)
@@ -112,6 +113,39 @@ def test_few_images_wait_and_few_pixels_pass_together(
     monkeypatch.setattr(worker.model, "extract", extract_counted)
     assert worker._extract([np.zeros((40, 40, 3), np.uint8)] * 3).shape == (3, 512)
     assert passed == [1, 1, 1]  # 3000 px hold one image of 1600
+
+
+def test_a_region_feature_for_each_class_is_that_of_the_image_alone(
+    classifier: tuple[Storage, ClassifierSettings], rows: list[dict[str, Any]]
+) -> None:
+    tagged = [{**row, "labels": [[0], [0, 1], [1]][index % 3]} for index, row in enumerate(rows)]
+    tagged[-1]["labels"] = None
+    settings = SETTINGS.model_copy(update={"pool": "region", "region_threshold": 0.3})
+    worker = make_worker(classifier, settings)
+    output = worker({"manifest": pa.Table.from_pylist(tagged)})
+    assert (output.bad, output.num_rows) == ([], len(rows))
+    assert output.table is not None
+    found = {(row["image_id"], *(row["labels"] or [])): row["feature"] for row in output.table.to_pylist()}
+    assert sorted(found) == sorted((row["image_id"], *own) for row in tagged for own in pairs(row["labels"]))
+    for row, (height, width) in zip(tagged, SIZES, strict=True):
+        factor = min(1.0, 64 / max(height, width))
+        image = resize(np.array(Image.open(row["uri"])), round(height * factor), round(width * factor))
+        with torch.inference_mode():
+            cells = worker.model.backbone(torch.from_numpy(image).permute(2, 0, 1)[None])[0].double().numpy()
+        for own in pairs(row["labels"]):
+            weights = worker.model.parent_head.weight.detach().double().numpy()[own].sum(axis=0)
+            cam = np.maximum(np.tensordot(weights, cells, 1), 0) if own else np.zeros(cells.shape[1:])
+            expected = plain_region_mean(cells, cam, 0.3)
+            np.testing.assert_allclose(found[row["image_id"], *own], expected, rtol=1e-4, atol=1e-4)
+
+
+def pairs(labels: list[int] | None) -> list[list[int]]:
+    return [[class_index] for class_index in labels] if labels else [[]]
+
+
+def test_settings_without_effect_are_in_no_fingerprint() -> None:
+    assert stage._without_effect(SETTINGS) == {"batch_size", "pass_px", "pool", "region_threshold"}
+    assert stage._without_effect(SETTINGS.model_copy(update={"pool": "region"})) == {"batch_size", "pass_px"}
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,31 @@ def test_values_beyond_float16_are_told_apart() -> None:
         (["a", "b"], [[0], [0, 5]], r"p: image_id 'b' has label 5, expected a class_index 0..2"),
         (["a", "b"], [[-1], [0]], r"p: image_id 'a' has label -1, expected a class_index 0..2"),
         (["a", "b"], [[0], [2, 2]], r"p: image_id 'b' has label 2 twice"),
-        (["a", "a"], [[0], [1]], r"p: image_id 'a' occurs twice"),
+        (
+            ["a", "a"],
+            [[1], [2, 1]],
+            r"p: image_id 'a' occurs twice with label 1, expected one row for an image and class",
+        ),
     ],
 )
 def test_bad_rows_are_named(ids: list[str], labels: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FeatureBlock("p", rows_of(ids, labels, np.zeros((2, 2), np.float32)), 3)
+
+
+def test_rows_of_one_image_are_those_of_its_classes() -> None:
+    rows = rows_of(["b", "a", "b", "c"], [[2], [0], [0], []], np.array([[4.0], [0.0], [1.0], [9.0]], np.float32))
+    assert rows.row_keys() == ["b/2", "a/0", "b/0", "c/-1"]
+    block = FeatureBlock("part-00000", rows, 3)
+    assert block.counts.tolist() == [2, 0, 1]
+    found = block.assign(np.array([[[0.0]], [[4.0]]], np.float32), np.array([0, 2]), nearest_numba)
+    assert found.sums.ravel().tolist() == [1.0, 4.0]
+    assert [(row["image_id"], row["labels"]) for row in block.table().to_pylist()] == [
+        ("a", [0]),
+        ("b", [2]),
+        ("b", [0]),
+        ("c", []),
+    ]
 
 
 def test_float16_rows_are_read_as_float32() -> None:
