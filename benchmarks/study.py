@@ -23,6 +23,7 @@ _SHARED = {  # prefix of a setting that leaves these folders as they are
     "features.": ("manifest", "rounds/00/classifier", "rounds/00/cams"),
     "kmeans.": ("manifest", "rounds/00/classifier", "rounds/00/cams", "rounds/00/features"),
     "round.1.": ("manifest", "rounds/00"),
+    "rounds=": ("manifest", "rounds/00"),
     "prepare.": (),
 }
 
