@@ -65,6 +65,9 @@ class OptimiserSettings(Settings):
     """Learning rate at step t of T: learning_rate * (1 - t / T) ** poly_power."""
     refresh_lr_every: int = Field(default=1, ge=1)
     """Steps between changes of the learning rate (10 in deeplab-pytorch)."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Updates over which the rate rises evenly to its value (0: none, as the authors). A network that meets pictures
+    unlike those of its pretraining can be lost in the first steps without."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 means autocast with float32 weights. auto: bf16 where it is faster, see `choose_precision`."""
     channels_last: bool = True

@@ -115,6 +115,7 @@ class _Worker:
             total_steps=self.job.length.total_steps,
             power=settings.poly_power,
             refresh_every=settings.refresh_lr_every,
+            warmup_steps=settings.warmup_steps,
         )
         with self._autocast():
             loss, scalars = self.job.trainee.loss(self.model, self._tensors(batch))

@@ -65,13 +65,23 @@ def build_sgd(
 
 
 def set_poly_lr(
-    optimiser: torch.optim.Optimizer, *, lr: float, step: int, total_steps: int, power: float, refresh_every: int = 1
+    optimiser: torch.optim.Optimizer,
+    *,
+    lr: float,
+    step: int,
+    total_steps: int,
+    power: float,
+    refresh_every: int = 1,
+    warmup_steps: int = 0,
 ) -> float:
     """Set every group's rate for update `step` = 0, 1, ..., before that update; returns the rate at factor 1.
 
-    refresh_every: the rate changes at steps that are multiples of it alone (10 in deeplab-pytorch).
+    refresh_every: the rate changes at steps that are multiples of it alone (10 in deeplab-pytorch). warmup_steps: the
+    first so many updates take 1/n, 2/n, ... of the rate.
     """
     now = lr * poly_factor(step - step % refresh_every, total_steps, power)
+    if step < warmup_steps:
+        now *= (step + 1) / warmup_steps
     for group in optimiser.param_groups:
         group["lr"] = now * group["lr_factor"]
     return now

@@ -52,6 +52,13 @@ def test_parameter_groups_hold_all_that_is_trained_once() -> None:
     assert [group["lr_factor"] for group in parameter_groups(trunk, [head])] == [10.0, 20.0]
 
 
+def test_the_rate_rises_first_where_asked() -> None:
+    trunk, head = net()
+    sgd = build_sgd(parameter_groups(trunk, [head]), lr=0.1, momentum=0.9, weight_decay=0.0)
+    rates = [set_poly_lr(sgd, lr=0.1, step=step, total_steps=5, power=1.0, warmup_steps=2) for step in range(5)]
+    assert rates == pytest.approx([0.05, 0.08, 0.06, 0.04, 0.02])
+
+
 def test_the_rate_may_be_refreshed_every_so_many_steps() -> None:
     trunk, head = net()
     sgd = build_sgd(parameter_groups(trunk, [head]), lr=0.1, momentum=0.9, weight_decay=0.0)
