@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from jobs.scoring import PAPER_THRESHOLD
 from jobs.tile_images import TileScorer, is_of_scored_image
 from jobs.train_classifier import ClassifierSettings, load_classifier
 from subcat_core import schemas
+from subcat_core.backbones import OutputStride
 from subcat_core.cam import CamSettings, compute_cams, upsample_cam
 from subcat_core.classes import ClassTable, to_class_ids
 from subcat_core.images import ImageError
@@ -33,7 +34,7 @@ class CamStageSettings(Settings):
     """How maps are made and scored."""
 
     cam: CamSettings = CamSettings()
-    output_stride: Literal[8, 16, 32] | None = None
+    output_stride: OutputStride | None = None
     """Stride of the maps, by dilating the trained network; None: as trained. Half the stride costs twice the time."""
     batch_size: int = Field(default=8, ge=1)
     """Images whose maps are computed together; only equal sizes share a forward pass."""

