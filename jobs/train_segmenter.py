@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +51,11 @@ class SegmenterStageSettings(Settings):
     """Architecture and training of the segmenter."""
 
     model: SegmenterSettings = SegmenterSettings()
+    loss: Literal["cross_entropy", "soft_bootstrap"] = "cross_entropy"
+    """soft_bootstrap: for masks that may be wrong, the target is mixed with the network's own answer (Reed et al.
+    2015). On all masks that train a segmenter, full ones too."""
+    bootstrap_beta: float = Field(default=0.8, gt=0, lt=1)
+    """Share of the mask in the target of soft_bootstrap; Reed et al. took 0.95."""
     augment: AugmentSettings = AugmentSettings()
     optimiser: SegmenterOptimiserSettings = SegmenterOptimiserSettings()
     compute: TrainComputeSettings = TrainComputeSettings()
@@ -87,7 +92,8 @@ class SegmenterTrainee:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         settings = self.settings.model
         logits = model(batch["image"], settings.train_scales)
-        loss = multi_scale_loss(logits, batch["mask"], batch["weight"], loss_at=settings.loss_at)
+        beta = self.settings.bootstrap_beta if self.settings.loss == "soft_bootstrap" else 1.0
+        loss = multi_scale_loss(logits, batch["mask"], batch["weight"], loss_at=settings.loss_at, bootstrap_beta=beta)
         return loss, {"loss": loss.detach()}
 
     def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -183,12 +189,20 @@ def train_on(
         name=name,
         stage=stage,
         inputs={
-            "settings": settings.model_dump(mode="json", exclude={"compute": True, "optimiser": {"keep_checkpoints"}}),
+            "settings": fingerprinted(settings),
             "rng_seed": experiment.rng_seed,
             **masks,
         },
         work=work,
     )
+
+
+def fingerprinted(settings: SegmenterStageSettings) -> dict[str, Any]:
+    """The settings without those that change no result, and without options that are off."""
+    excluded: dict[str, Any] = {"compute": True, "optimiser": {"keep_checkpoints"}}
+    if settings.loss == "cross_entropy":
+        excluded |= {"loss": True, "bootstrap_beta": True}
+    return settings.model_dump(mode="json", exclude=excluded)
 
 
 def _rows_of_tiles(tiles: Manifest, masks: pa.Table, folder: Storage) -> pa.Table:
