@@ -30,6 +30,7 @@ from jobs.manifest import Manifest
 from jobs.tile_masks import tile_mask_name
 from subcat_core.backbones import input_statistics
 from subcat_core.classes import IGNORE, ClassTable
+from subcat_core.gated_crf import GatedCrfSettings, gated_crf_loss
 from subcat_core.images import AugmentSettings, augment, decode_image, decode_mask
 from subcat_core.segmenter import Segmenter, SegmenterSettings, build_segmenter, multi_scale_loss
 from subcat_core.settings import Settings
@@ -56,6 +57,11 @@ class SegmenterStageSettings(Settings):
     2015). On all masks that train a segmenter, full ones too."""
     bootstrap_beta: float = Field(default=0.8, gt=0, lt=1)
     """Share of the mask in the target of soft_bootstrap; Reed et al. took 0.95."""
+    boundary_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Of the gated CRF loss beside the loss on the masks, in place of a CRF after prediction; 0: none. 0.1 is the
+    authors' value."""
+    boundary: GatedCrfSettings = GatedCrfSettings()
+    """Neighbours and kernel of the gated CRF loss."""
     augment: AugmentSettings = AugmentSettings()
     optimiser: SegmenterOptimiserSettings = SegmenterOptimiserSettings()
     compute: TrainComputeSettings = TrainComputeSettings()
@@ -77,9 +83,7 @@ class SegmenterTrainee:
     def make_sample(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         image = decode_image(read_uri(row["uri"]))
         mask = decode_mask(read_uri(row["mask_uri"]), self.classes.mask_lut())
-        mean, _ = input_statistics(self.settings.model.backbone.name)
-        pad_rgb = (round(mean[0]), round(mean[1]), round(mean[2]))
-        crop, mask_crop = augment(image, self.settings.augment, rng, pad_rgb=pad_rgb, mask=mask)
+        crop, mask_crop = augment(image, self.settings.augment, rng, pad_rgb=self._pad_rgb(), mask=mask)
         assert mask_crop is not None
         return {"image": crop, "mask": mask_crop}
 
@@ -94,7 +98,23 @@ class SegmenterTrainee:
         logits = model(batch["image"], settings.train_scales)
         beta = self.settings.bootstrap_beta if self.settings.loss == "soft_bootstrap" else 1.0
         loss = multi_scale_loss(logits, batch["mask"], batch["weight"], loss_at=settings.loss_at, bootstrap_beta=beta)
-        return loss, {"loss": loss.detach()}
+        if not self.settings.boundary_weight:
+            return loss, {"loss": loss.detach()}
+        boundary = gated_crf_loss(logits[0], batch["image"], self._gate(batch), self.settings.boundary)
+        told = {"mask_loss": loss.detach(), "boundary_loss": boundary.detach()}
+        loss = loss + self.settings.boundary_weight * boundary
+        return loss, {"loss": loss.detach(), **told}
+
+    def _gate(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(N, H, W) float32, 0 for padding and for bad images: pixels that are only unsure have neighbours too."""
+        colour = torch.tensor(self._pad_rgb(), dtype=torch.uint8, device=batch["image"].device)
+        padding = (batch["mask"] == IGNORE) & (batch["image"] == colour[:, None, None]).all(dim=1)
+        return (~padding).float() * batch["weight"].float()[:, None, None]
+
+    def _pad_rgb(self) -> tuple[int, int, int]:
+        """The network's mean colour."""
+        mean, _ = input_statistics(self.settings.model.backbone.name)
+        return round(mean[0]), round(mean[1]), round(mean[2])
 
     def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
         assert isinstance(model, Segmenter)
@@ -202,6 +222,8 @@ def fingerprinted(settings: SegmenterStageSettings) -> dict[str, Any]:
     excluded: dict[str, Any] = {"compute": True, "optimiser": {"keep_checkpoints"}}
     if settings.loss == "cross_entropy":
         excluded |= {"loss": True, "bootstrap_beta": True}
+    if not settings.boundary_weight:
+        excluded |= {"boundary_weight": True, "boundary": True}
     return settings.model_dump(mode="json", exclude=excluded)
 
 

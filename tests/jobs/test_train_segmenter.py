@@ -13,6 +13,7 @@ from PIL import Image
 from jobs.train_segmenter import SegmenterStageSettings, SegmenterTrainee, fingerprinted, trained_px
 from subcat_core.backbones import BackboneSettings
 from subcat_core.classes import IGNORE, ClassTable
+from subcat_core.gated_crf import GatedCrfSettings, gated_crf_loss
 from subcat_core.images import AugmentSettings
 from subcat_core.segmenter import SegmenterSettings, multi_scale_loss, segmentation_loss
 
@@ -77,6 +78,26 @@ def test_options_that_are_off_are_not_in_the_fingerprint() -> None:
     before = {"model", "augment", "optimiser"}  # of runs that were made before there were options
     assert set(fingerprinted(SegmenterStageSettings())) == before
     assert set(fingerprinted(SegmenterStageSettings(loss="soft_bootstrap"))) == {*before, "loss", "bootstrap_beta"}
+    assert set(fingerprinted(SegmenterStageSettings(boundary_weight=0.1))) == {*before, "boundary_weight", "boundary"}
+
+
+def test_the_boundary_loss_is_added_and_sees_neither_padding_nor_bad_images(rng: np.random.Generator) -> None:
+    plain = trainee()
+    weighted = dataclasses.replace(plain, settings=plain.settings.model_copy(update={"boundary_weight": 0.5}))
+    torch.manual_seed(0)
+    model = plain.build_model().eval()
+    inputs = batch(rng, (1.0, 0.0))
+    inputs["mask"][0, :, 40:] = IGNORE  # unsure up to column 48, padding from there on
+    inputs["image"][0, :, :, 48:] = torch.tensor([124, 116, 104], dtype=torch.uint8)[:, None, None]
+    gate = torch.zeros(2, 64, 64)
+    gate[0, :, :48] = 1.0
+    logits = model(inputs["image"])
+    expected = gated_crf_loss(logits, inputs["image"], gate, GatedCrfSettings())
+    loss, scalars = weighted.loss(model, inputs)
+    torch.testing.assert_close(scalars["boundary_loss"], expected.detach())
+    torch.testing.assert_close(scalars["mask_loss"], plain.loss(model, inputs)[0].detach())
+    torch.testing.assert_close(loss, scalars["mask_loss"] + 0.5 * scalars["boundary_loss"])
+    assert expected > 0
 
 
 def test_a_sample_is_padded_with_the_networks_mean(tmp_path: Path, rng: np.random.Generator) -> None:
