@@ -37,6 +37,7 @@ from subcat_core.settings import Settings
 
 logger = logging.getLogger("subcat")
 
+FOLDER = "segmenter"
 _MAX_EXAMPLES = 20
 
 
@@ -53,13 +54,11 @@ class SegmenterStageSettings(Settings):
 
     model: SegmenterSettings = SegmenterSettings()
     loss: Literal["cross_entropy", "soft_bootstrap"] = "cross_entropy"
-    """soft_bootstrap: for masks that may be wrong, the target is mixed with the network's own answer (Reed et al.
-    2015). On all masks that train a segmenter, full ones too."""
+    """soft_bootstrap: for masks that may be wrong, the target is mixed with the network's own answer."""
     bootstrap_beta: float = Field(default=0.8, gt=0, lt=1)
     """Share of the mask in the target of soft_bootstrap; Reed et al. took 0.95."""
     boundary_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Of the gated CRF loss beside the loss on the masks, in place of a CRF after prediction; 0: none. 0.1 is the
-    authors' value."""
+    """Of the gated CRF loss beside that on the masks, in place of a CRF after prediction; 0: none; its authors: 0.1."""
     boundary: GatedCrfSettings = GatedCrfSettings()
     """Neighbours and kernel of the gated CRF loss."""
     augment: AugmentSettings = AugmentSettings()
@@ -101,9 +100,8 @@ class SegmenterTrainee:
         if not self.settings.boundary_weight:
             return loss, {"loss": loss.detach()}
         boundary = gated_crf_loss(logits[0], batch["image"], self._gate(batch), self.settings.boundary)
-        told = {"mask_loss": loss.detach(), "boundary_loss": boundary.detach()}
-        loss = loss + self.settings.boundary_weight * boundary
-        return loss, {"loss": loss.detach(), **told}
+        total = loss + self.settings.boundary_weight * boundary
+        return total, {"loss": total.detach(), "mask_loss": loss.detach(), "boundary_loss": boundary.detach()}
 
     def _gate(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """(N, H, W) float32, 0 for padding and for bad images: pixels that are only unsure have neighbours too."""
@@ -127,8 +125,19 @@ class SegmenterTrainee:
         return {}
 
 
-def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact, tiles: Manifest | None = None) -> Artifact:
-    """Train on every image that has a pseudo mask; with `tiles`, on the tiles of these images and their masks."""
+def run(
+    context: StageContext,
+    manifest: Manifest,
+    pseudo_masks: Artifact,
+    tiles: Manifest | None = None,
+    *,
+    name: str = FOLDER,
+    round_index: int | None = None,
+) -> Artifact:
+    """Train on every image that has a pseudo mask; with `tiles`, on the tiles of these images and their masks.
+
+    name: the folder to write. round_index: of self-training, whose masks take the place of the pseudo masks.
+    """
     masks: dict[str, Any] = {"pseudo_masks": pseudo_masks.output_fingerprint}
     if tiles is not None:
         masks["tiles"] = tiles.fingerprint
@@ -138,6 +147,8 @@ def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact, tiles
         lambda: pseudo_mask_rows(manifest, pseudo_masks, tiles),
         masks=masks,
         classes=ClassTable(manifest.classes.names, has_background=manifest.classes.has_background),
+        name=name,
+        round_index=round_index,
     )
 
 
@@ -159,13 +170,14 @@ def train_on(
     *,
     masks: dict[str, Any],
     classes: ClassTable,
-    name: str = "segmenter",
+    name: str = FOLDER,
     stage: str = "train_segmenter",
+    round_index: int | None = None,
 ) -> Artifact:
     """Train the segmenter of the settings on some masks.
 
     rows: image_id, uri, mask_uri. masks: what names those masks in the fingerprint. classes: what their values mean.
-    name: the folder to write. The model goes to MLflow where the masks are pseudo masks.
+    name: the folder to write. The model of the run's own folder, and no other, goes to MLflow.
     """
     experiment = context.experiment
     settings = experiment.segmenter
@@ -200,7 +212,7 @@ def train_on(
                 ),
             )
         warn_of_loss(context, title, result)
-        if "pseudo_masks" in masks:
+        if name == FOLDER:
             log_model(context, manifest, artifact.folder)
         return training_stats(artifact, result)
 
@@ -208,6 +220,7 @@ def train_on(
         context,
         name=name,
         stage=stage,
+        round_index=round_index,
         inputs={
             "settings": fingerprinted(settings),
             "rng_seed": experiment.rng_seed,
