@@ -39,8 +39,8 @@ def gated_crf_loss(
     """Potts energy of the softmax under a kernel of colour and position, a mean over cells of all ranks.
 
     logits: (N, M, h, w). images: (N, 3, H, W) RGB 0..255, uint8 or float. gate: (N, H, W) float32 >= 0, 0 for pixels
-    that count nothing, such as padding; a cell's gate is its smallest pixel's. Images are averaged and probabilities
-    brought bilinearly to cells of cell_px (those that are whole; at least one). Returns
+    that count nothing, such as padding; a cell's gate is its smallest pixel's. Images are averaged and logits brought
+    bilinearly to (H // cell_px, W // cell_px) cells, at least one a side. Returns
 
         sum_i sum_{j != i, in i's square} g_i g_j k_ij (1 - sum_c p_ic p_jc) / sum_i g_i
 
