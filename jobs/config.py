@@ -26,6 +26,7 @@ from jobs.make_pseudo_masks import PseudoMaskStageSettings
 from jobs.predict import PredictSettings
 from jobs.prepare import PrepareSettings
 from jobs.report import ReportSettings
+from jobs.self_training import SelfTrainingSettings
 from jobs.train_classifier import ClassifierSettings
 from jobs.train_segmenter import SegmenterStageSettings
 from jobs.train_supervised import SupervisedSettings
@@ -75,6 +76,9 @@ class Experiment(Settings):
     """How the segmenter is applied, and to which splits."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Words for the protocol of the scores."""
+    self_training: SelfTrainingSettings | None = None
+    """`{}` or a section trains the segmenter again on its own masks of the training images, within their tags; null
+    does not."""
     supervised: SupervisedSettings | None = None
     """`{}` or a section trains the same segmenter on full masks too, as a yardstick; null does not."""
     report: ReportSettings = ReportSettings()
@@ -122,6 +126,11 @@ class Experiment(Settings):
             raise ValueError("segmenter.model.backbone.output_stride = 32: too coarse for masks; use 8 or 16")
         if self.affinity is not None:
             self._affinity_fits()
+        if self.self_training is not None and self.prepare.segmenter_sees_tiles:
+            raise ValueError(
+                '[self_training] with prepare.tiles.segmenter_sees = "tiles": its masks are of whole images; '
+                'give "images", or leave [self_training] out'
+            )
         if self.cams.output_stride is not None:
             check_output_stride(self.classifier.backbone.name, self.cams.output_stride, "cams.output_stride")
         return self

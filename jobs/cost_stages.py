@@ -30,6 +30,7 @@ from subcat_core.views import view_sizes
 
 if TYPE_CHECKING:
     from jobs.config import Experiment
+    from subcat_core.crf import CrfSettings
 
 _VALUE_BYTES = {"float16": 2, "float32": 4}
 _PREDICT_MAX_PX = 2048  # of segmenter.predict_mask
@@ -209,11 +210,29 @@ def _make_pseudo_masks(step: StagePlan, e: Experiment, n: DataCounts, a: CostAss
 def _predict(step: StagePlan, e: Experiment, n: DataCounts, a: CostAssumptions) -> StageCost:
     settings = e.predict
     num_images = sum(n.num_images.get(split, 0) for split in settings.splits)
+    return _predicted(step, e, n, a, num_images, settings.crf, n.num_classes + 1)
+
+
+def _predict_train(step: StagePlan, e: Experiment, n: DataCounts, a: CostAssumptions) -> StageCost:
+    assert e.self_training is not None
+    return _predicted(step, e, n, a, n.num_train, e.self_training.mask.crf, 1 + n.labels_per_image)
+
+
+def _predicted(
+    step: StagePlan,
+    e: Experiment,
+    n: DataCounts,
+    a: CostAssumptions,
+    num_images: int,
+    crf: CrfSettings | None,
+    num_labels: float,
+) -> StageCost:
+    settings = e.predict
     network = segmenter_on_meta(e.segmenter.model, n.num_classes)
     base_px = settings.base_px or trained_px(e.segmenter)
     sizes = view_sizes(n.height_px, n.width_px, settings.scales, base_px, _PREDICT_MAX_PX)
     macs = sum(macs_of(network, *size) for size in sizes) * (1 + settings.flip)
-    crf_s = 0.0 if settings.crf is None else crf_seconds(n.image_px, n.num_classes + 1, settings.crf)
+    crf_s = 0.0 if crf is None else crf_seconds(n.image_px, num_labels, crf)
     written = num_images * n.image_px * a.mask_bytes_per_px
     image_ns = n.image_px * (a.decode_ns_per_px + a.png_ns_per_px) + sum(h * w for h, w in sizes) * a.view_ns_per_px
     return StageCost(
@@ -226,7 +245,7 @@ def _predict(step: StagePlan, e: Experiment, n: DataCounts, a: CostAssumptions) 
         depthwise=is_depthwise(network),
         cpu_s=num_images * (1e-9 * image_ns + crf_s),
         what=f"{len(sizes) * (1 + settings.flip)} views, {macs / 1e9:.1f} GMAC an image"
-        + (f"; CRF of {n.num_classes + 1} labels, {crf_s:.2f} s" if crf_s else ""),
+        + (f"; CRF of {num_labels:.3g} labels, {crf_s:.2f} s" if crf_s else ""),
     )
 
 
@@ -256,6 +275,7 @@ _ESTIMATES: dict[str, Callable[[StagePlan, Experiment, DataCounts, CostAssumptio
     "train_segmenter": train_segmenter,
     "predict": _predict,
     "evaluate": _evaluate,
+    "predict_train": _predict_train,
     "cut_supervised_masks": cut_supervised_masks,
     "train_supervised": train_segmenter,
     "predict_supervised": _predict,

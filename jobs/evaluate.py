@@ -7,6 +7,7 @@ Runs on: a fixed pool of Ray Data actors on CPUs; only (C + 1)^2 counts travel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -76,10 +77,12 @@ def run(
     stage: str = "evaluate",
     supervision: str = TAGS,
     segmenter: str = "segmenter",
+    round_index: int | None = None,
+    details: Mapping[str, Any] | None = None,
 ) -> Artifact:
-    """Scores of the run's predictions, by split. name: the folder to write. supervision: for the protocol.
+    """Scores of the run's predictions, by split. name: the folder to write. supervision, details: for the protocol.
 
-    segmenter: the folder of the one that predicted.
+    segmenter: the folder of the one that predicted. round_index: of self-training.
     """
     experiment = context.experiment
     splits = experiment.predict.splits
@@ -117,6 +120,7 @@ def run(
                 "merge": experiment.predict.merge,
                 "windows": experiment.predict.windows_text(),
                 "num_train_images": context.storage.read_json(f"{segmenter}/segmenter.json")["num_train_images"],
+                **(details or {}),
                 **experiment.prepare.protocol(),
             },
         ).to_json()
@@ -130,6 +134,7 @@ def run(
         context,
         name=name,
         stage=stage,
+        round_index=round_index,
         inputs={
             "settings": experiment.evaluation.model_dump(mode="json"),
             "splits": list(splits),

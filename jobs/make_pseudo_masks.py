@@ -16,19 +16,18 @@ import pyarrow as pa
 import torch
 
 from cluster.artifacts import Artifact
-from cluster.storage import MissingFileError, Storage
-from cluster.streams import BadRow, ShardOutput, ShardSummary, iter_images, map_shards
+from cluster.storage import Storage
+from cluster.streams import BadRow, ShardOutput, iter_images, map_shards
 from cluster.tracking import ChildRun
 from jobs.affinity_settings import AffinitySettingsOfAKind
-from jobs.cam_tables import COLUMNS, read_cams, read_truth
-from jobs.context import StageContext, complete, stream_stats
+from jobs.cam_tables import COLUMNS, read_cams
+from jobs.context import StageContext, complete
 from jobs.manifest import Manifest
 from jobs.protocol import TAGS, Protocol
-from jobs.scoring import SplitConfusions, baseline_scores, confusion_scores
 from jobs.tile_images import TILE_COLUMNS
 from jobs.tile_masks import TileMaskWorker
 from jobs.train_affinity import load_affinity
-from subcat_core import schemas
+from jobs.training_masks import CONFUSIONS, MaskScores, MaskShard
 from subcat_core.affinity_net import AffinityNet
 from subcat_core.affinity_walk import (
     IrnWalkSettings,
@@ -38,8 +37,6 @@ from subcat_core.affinity_walk import (
     walk_by_features,
 )
 from subcat_core.classes import ClassTable
-from subcat_core.images import ImageError, encode_mask
-from subcat_core.metrics import ConfusionMatrix
 from subcat_core.pseudo_mask import (
     PseudoMask,
     PseudoMaskSettings,
@@ -55,10 +52,6 @@ class PseudoMaskStageSettings(Settings):
 
     mask: PseudoMaskSettings = PseudoMaskSettings()
     """With [affinity], the walk brings its own background (affinity.walk), and the one named here is not used."""
-
-
-CONFUSIONS = {"confusion": "", "confusion_before_walk": "before_walk", "confusion_before_crf": "before_crf"}
-"""Matrices of a shard, and where their scores stand in scores.json below the split ("": the pseudo masks' own)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,52 +82,24 @@ class PseudoMaskWorker:
 
     def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
         cams = read_cams(inputs["cams"])
-        confusions = {key: ConfusionMatrix(self.classes.num_classes) for key in confusion_keys(self.affinity)}
-        num_scored = 0
-        bad: list[BadRow] = []
-        made: list[dict[str, Any]] = []
+        keys = confusion_keys(self.affinity)
+        shard = MaskShard(self.output, self.classes, keys)
         for row, image in iter_images(inputs["manifest"]):
             if isinstance(image, BadRow):
-                bad.append(image)
+                shard.bad.append(image)
                 continue
             if row["image_id"] not in cams:
-                bad.append(BadRow(row["image_id"], row["uri"], "no CAM was made for this image; see make_cams"))
+                shard.bad.append(BadRow(row["image_id"], row["uri"], "no CAM was made for this image; see make_cams"))
                 continue
             class_indices, cam = cams[row["image_id"]]
             pseudo, walked = self._mask(cam.astype(np.float32), class_indices, image)
-            name = f"png/{row['image_id']}.png"
-            self.output.write_bytes(name, encode_mask(pseudo.mask, self.classes.flat_palette()))
-            made.append(
-                {
-                    "image_id": row["image_id"],
-                    "mask_uri": self.output.uri(name),
-                    "class_ids": [int(value) for value in pseudo.class_ids],
-                    "coverage_frac": pseudo.coverage_frac,
-                    "ignore_frac": pseudo.ignore_frac,
-                    "confidence": pseudo.confidence,
-                }
-            )
-            if row["mask_uri"]:
-                try:
-                    truth = read_truth(row, self.classes)
-                except (ImageError, MissingFileError) as error:
-                    bad.append(BadRow(row["image_id"], row["mask_uri"], str(error)))
-                    continue
-                maps = {"confusion": pseudo.labels, "confusion_before_walk": pseudo.labels}
-                maps["confusion_before_crf"] = pseudo.labels  # an image without tags is background all along
-                if walked is not None:
-                    maps["confusion_before_walk"] = labels_of_scores(walked.before, class_indices)
-                    maps["confusion_before_crf"] = labels_of_scores(walked.after, class_indices)
-                for key, confusion in confusions.items():
-                    confusion.update(maps[key], truth)
-                num_scored += 1
-        stats = {
-            **{key: confusion.to_json() for key, confusion in confusions.items()},
-            "num_scored": num_scored,
-            "coverage": float(np.sum([row["coverage_frac"] for row in made])),
-            "ignored": float(np.sum([row["ignore_frac"] for row in made])),
-        }
-        return ShardOutput(pa.Table.from_pylist(made, schemas.MASKS), bad=bad, stats=stats, num_rows=len(made))
+            shard.write(row["image_id"], pseudo)
+            labels = dict.fromkeys(keys, pseudo.labels)  # an image without tags is background all along
+            if walked is not None:
+                labels["confusion_before_walk"] = labels_of_scores(walked.before, class_indices)
+                labels["confusion_before_crf"] = labels_of_scores(walked.after, class_indices)
+            shard.score(row, labels)
+        return shard.result()
 
     def _mask(
         self, cam: np.ndarray, class_indices: list[int], image: np.ndarray
@@ -181,15 +146,7 @@ def run(
         stream = stream.model_copy(update={"gpus_per_actor": 0.0})
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
-        confusions = {key: SplitConfusions(manifest, key) for key in confusion_keys(trained)}
-        areas = {"coverage": 0.0, "ignored": 0.0}
-
-        def fold(summary: ShardSummary) -> None:
-            for of_kind in confusions.values():
-                of_kind.add(summary)
-            for key in areas:
-                areas[key] += summary.stats[key]
-
+        scores = MaskScores(manifest, confusion_keys(trained))
         with context.progress.stage("make pseudo masks", total=manifest.num_rows("train"), unit="images") as bar:
             inputs = {"manifest": manifest.folder}
             options: dict[str, Any] = {"settings": settings, "affinity": trained}
@@ -206,12 +163,8 @@ def run(
                 settings=stream,
                 bar=bar,
                 stage="make_pseudo_masks",
-                fold=fold,
+                fold=scores.add,
             )
-        stats = stream_stats(summaries)
-        num_made = max(stats["num_images"], 1)
-        stats["coverage_frac"] = areas["coverage"] / num_made
-        stats["ignore_frac"] = areas["ignored"] / num_made
         details: dict[str, Any] = {"min_confidence": mask.min_confidence, **context.experiment.prepare.protocol()}
         if trained is not None:
             details["random_walk"] = {"kind": trained.settings.kind, **trained.settings.walk.model_dump(mode="json")}
@@ -230,25 +183,9 @@ def run(
             weights=context.experiment.classifier.backbone.weights,
             rng_seed=context.experiment.rng_seed,
             details=details,
-        ).to_json()
-        child.log_params({f"protocol.{key}": value for key, value in protocol.items()})
-        splits = {
-            split: {
-                **confusion_scores(confusion, num_scored),
-                **baseline_scores(confusion, num_scored, manifest.classes),
-            }
-            for split, (confusion, num_scored) in confusions["confusion"].by_split.items()
-        }
-        for key, of_kind in confusions.items():
-            for split, (confusion, num_scored) in of_kind.by_split.items():
-                if CONFUSIONS[key]:
-                    splits[split][CONFUSIONS[key]] = confusion_scores(confusion, num_scored)
-        artifact.folder.write_json("scores.json", {"protocol": protocol, "splits": splits})
-        for split, score in splits.items():
-            steps = {f"_{step}": score[step] for step in CONFUSIONS.values() if step in score}
-            values = {name: told["miou"] for name, told in {"": score, **steps}.items()}
-            child.log_metrics({f"make_pseudo_masks/miou_{split}{name}": value for name, value in values.items()})
-        return stats
+        )
+        scores.write(artifact, child, "make_pseudo_masks", protocol)
+        return scores.stats(summaries)
 
     inputs: dict[str, Any] = {
         "settings": settings.model_dump(mode="json"),

@@ -3,15 +3,16 @@
     prepare -> [cut_tiles]
     round 0..R:  train_classifier -> make_cams (score) and, but for the last round, extract_features -> cluster_features
     choose_round -> make_train_cams -> [make_affinity_labels -> train_affinity ->] make_pseudo_masks -> train_segmenter
-    -> predict -> evaluate -> [[cut_supervised_masks ->] train_supervised -> predict_supervised -> evaluate_supervised
-    ->] report
+    -> predict -> evaluate -> [predict_train -> train_segmenter -> predict -> evaluate ->] [[cut_supervised_masks ->]
+    train_supervised -> predict_supervised -> evaluate_supervised ->] report
 
 Stages in brackets run where the config has their section.
 
 With tiles, the rounds see tiles in place of images, and pseudo masks are of whole images again.
 Every classifier starts from the pretrained weights again; a round hands on only its sub-categories (and, with
 classifier.subcategory_head = "previous", its head for them). The last round makes none, for nothing would use them.
-Pseudo masks come from the round that choose_round keeps.
+Pseudo masks come from the round that choose_round keeps. Rounds of self-training (self_training.py) have numbers of
+their own.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from jobs import (
     predict,
     prepare,
     report,
+    self_training,
     supervised_tiles,
     train_affinity,
     train_classifier,
@@ -80,10 +82,13 @@ def plan(experiment: Experiment) -> list[StagePlan]:
         steps.append(StagePlan("train_affinity", None, "affinity"))
     steps += [
         StagePlan("make_pseudo_masks", None, "pseudo_masks"),
-        StagePlan("train_segmenter", None, "segmenter"),
-        StagePlan("predict", None, "predictions"),
-        StagePlan("evaluate", None, "evaluation"),
     ]
+    for step in self_training.segmenter_rounds(experiment):
+        steps.append(StagePlan("train_segmenter", step.round_index, step.folder("segmenter")))
+        steps.append(StagePlan("predict", step.round_index, step.folder("predictions")))
+        steps.append(StagePlan("evaluate", step.round_index, step.folder("evaluation")))
+        if not step.last:
+            steps.append(StagePlan(self_training.STAGE, step.index + 1, self_training.masks_folder(step.index + 1)))
     if experiment.supervised is not None:
         folder = train_supervised.FOLDER
         if experiment.prepare.segmenter_sees_tiles:
@@ -109,6 +114,7 @@ STAGES = (
     "train_segmenter",
     "predict",
     "evaluate",
+    "predict_train",
     "cut_supervised_masks",
     "train_supervised",
     "predict_supervised",
@@ -214,12 +220,7 @@ def _run_stages(context: StageContext) -> Iterator[str]:
     pseudo_masks = make_pseudo_masks.run(chosen, manifest, train_cams, choice.mask, affinity, tiles)
     yield "make_pseudo_masks"
     on_tiles = tiles if context.experiment.prepare.segmenter_sees_tiles else None
-    segmenter = train_segmenter.run(context, manifest, pseudo_masks, on_tiles)
-    yield "train_segmenter"
-    predictions = predict.run(context, manifest, segmenter)
-    yield "predict"
-    evaluate.run(context, manifest, predictions)
-    yield "evaluate"
+    yield from _train_segmenters(context, manifest, pseudo_masks, on_tiles)
     if context.experiment.supervised is not None:
         tile_masks: Artifact | None = None
         if on_tiles is not None:
@@ -233,3 +234,31 @@ def _run_stages(context: StageContext) -> Iterator[str]:
         yield "evaluate_supervised"
     report.run(context)
     yield "report"
+
+
+def _train_segmenters(
+    context: StageContext, manifest: Manifest, pseudo_masks: Artifact, on_tiles: Manifest | None
+) -> Iterator[str]:
+    """The segmenter's stages, once, or with self-training in every round of it; yields as `_run_stages`."""
+    masks = pseudo_masks
+    for step in self_training.segmenter_rounds(context.experiment):
+        at, folder = step.round_index, step.folder
+        name = folder("segmenter")
+        segmenter = train_segmenter.run(context, manifest, masks, on_tiles, name=name, round_index=at)
+        yield "train_segmenter"
+        predictions = predict.run(context, manifest, segmenter, name=folder("predictions"), round_index=at)
+        yield "predict"
+        told = {"self_training_round": step.index} if context.experiment.self_training is not None else None
+        evaluate.run(
+            context,
+            manifest,
+            predictions,
+            name=folder("evaluation"),
+            segmenter=name,
+            round_index=at,
+            details=told,
+        )
+        yield "evaluate"
+        if not step.last:
+            masks = self_training.run(context, manifest, segmenter, step.index + 1)
+            yield self_training.STAGE

@@ -7,7 +7,7 @@ Runs on: a fixed pool of Ray Data actors, a shard at a time; in process with str
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -75,6 +75,12 @@ class PredictSettings(Settings):
             return "no: the whole image at once"
         return f"{self.window_px} px at stride {self.stride_px} px, probabilities averaged"
 
+    def views(self) -> dict[str, Any]:
+        """What decides how one image is looked at, plain, for fingerprints."""
+        # Younger than runs that are there: without windows they count for nothing.
+        without_windows = {"window_px", "window_stride_px"} if self.window_px is None else set()
+        return self.model_dump(mode="json", exclude={"splits", "crf"} | without_windows)
+
     @property
     def stride_px(self) -> int:
         """Steps between windows."""
@@ -95,11 +101,11 @@ class PredictWorker:
     def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
         bad: list[BadRow] = []
         made: list[dict[str, Any]] = []
-        for row, image in self._images(inputs["manifest"]):
+        for row, image in self.images(inputs["manifest"]):
             if isinstance(image, BadRow):
                 bad.append(image)
                 continue
-            mask, confidence = self._predict(image)
+            mask, confidence = self.predict(image)
             name = f"png/{row['image_id']}.png"
             self.output.write_bytes(name, encode_mask(mask, self.classes.flat_palette()))
             present = np.unique(mask)
@@ -115,14 +121,16 @@ class PredictWorker:
             )
         return ShardOutput(pa.Table.from_pylist(made, schemas.MASKS), bad=bad, stats={}, num_rows=len(made))
 
-    def _images(self, table: pa.Table) -> Iterator[tuple[dict[str, Any], np.ndarray | BadRow]]:
+    def images(self, table: pa.Table) -> Iterator[tuple[dict[str, Any], np.ndarray | BadRow]]:
         """Read ahead, or with windows one by one: then images may be large."""
         if self.settings.window_px is None:
             return iter_images(table)
         return ((row, read_image(row, _MAX_WINDOWED_PIXELS)) for row in table.to_pylist())
 
-    def _predict(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mask and confidence, both (H, W)."""
+    def predict(
+        self, image: np.ndarray, allowed_class_ids: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mask and confidence, both (H, W). allowed_class_ids: tags, beside which only background may win."""
         settings = self.settings
         options: dict[str, Any] = {
             "scales": settings.scales,
@@ -132,6 +140,7 @@ class PredictWorker:
             "background": self.classes.has_background,
             "crf": settings.crf,
             "device": self.device,
+            "allowed_class_ids": allowed_class_ids,
         }
         if settings.window_px is None:
             return predict_mask(self.model, image, **options)
@@ -146,11 +155,10 @@ def run(
     *,
     name: str = "predictions",
     stage: str = "predict",
+    round_index: int | None = None,
 ) -> Artifact:
-    """Predict the splits of the run that the manifest has. name: the folder to write."""
+    """Predict the splits of the run that the manifest has. name: the folder to write. round_index: of self-training."""
     settings = context.experiment.predict
-    # Younger than runs that are there: without windows they count for nothing.
-    without_windows = {"window_px", "window_stride_px"} if settings.window_px is None else set()
     shards = sorted({name for split in settings.splits for name in manifest.shard_names(split)})
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
@@ -173,8 +181,9 @@ def run(
         context,
         name=name,
         stage=stage,
+        round_index=round_index,
         inputs={
-            "settings": settings.model_dump(mode="json", exclude=without_windows),
+            "settings": {**settings.views(), **settings.model_dump(mode="json", include={"splits", "crf"})},
             "manifest": manifest.fingerprint,
             "segmenter": segmenter.output_fingerprint,
         },

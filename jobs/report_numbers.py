@@ -17,6 +17,12 @@ _ROUND_STAGES = (
     ("extract_features", "features"),
     ("cluster_features", "subcategories"),
 )
+_SELF_TRAINING_STAGES = (
+    ("predict_train", "masks"),
+    ("train_segmenter", "segmenter"),
+    ("predict", "predictions"),
+    ("evaluate", "evaluation"),
+)
 _LAST_STAGES = (
     ("choose_round", "choice"),
     ("make_train_cams", "cams"),
@@ -78,6 +84,8 @@ class RunNumbers:
     """result.json of the segmenter that full masks train."""
     supervised: dict[str, Any] | None
     """Scores of the segmenter that full masks trained."""
+    self_training: dict[str, dict[str, Any]]
+    """Title -> scores of the masks and segmenters of self-training before the last segmenter."""
     bad_images: list[BadImage]
     num_bad: int
 
@@ -114,6 +122,7 @@ def read_numbers(storage: Storage, manifest: Manifest, num_rounds: int, max_bad:
         evaluation=read_optional(storage, "evaluation/scores.json"),
         yardstick=read_optional(storage, "supervised/segmenter/result.json"),
         supervised=read_optional(storage, "supervised/evaluation/scores.json"),
+        self_training=_self_training(storage),
         bad_images=bad,
         num_bad=num_bad,
     )
@@ -132,11 +141,27 @@ def _by_round(storage: Storage, rounds: range, name: str) -> dict[int, dict[str,
     return {index: value for index, value in found.items() if value is not None}
 
 
+def _self_training(storage: Storage) -> dict[str, dict[str, Any]]:
+    kinds = (("Masks", "masks"), ("Segmenter", "evaluation"))
+    found = {
+        f"{title}, self-training {int(index)}": read_optional(storage, f"self_training/{index}/{folder}/scores.json")
+        for index in storage.list_folders("self_training")
+        for title, folder in kinds
+    }
+    return {title: scores for title, scores in found.items() if scores is not None}
+
+
 def _stages(storage: Storage, num_rounds: int) -> list[StageRecord]:
     """Records of the complete stages, in the order in which they ran."""
     steps: list[tuple[str, int | None, str]] = [("prepare", None, "manifest"), ("cut_tiles", None, "tiles")]
     for index in range(num_rounds + 1):
         steps += [(stage, index, f"rounds/{index:02d}/{folder}") for stage, folder in _ROUND_STAGES]
+    again = storage.list_folders("self_training")
+    steps += [
+        (f"{stage}, self-training {int(index)}", None, f"self_training/{index}/{folder}")
+        for index in again
+        for stage, folder in _SELF_TRAINING_STAGES
+    ]
     steps += [(stage, None, folder) for stage, folder in _LAST_STAGES]
     records = []
     for stage, round_index, folder in steps:

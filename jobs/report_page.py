@@ -204,7 +204,7 @@ def _class_table(numbers: RunNumbers) -> str:
 
 def _made_masks(numbers: RunNumbers) -> list[tuple[str, dict[str, Any] | None]]:
     """Titles and scores of what is scored as masks."""
-    made = [("Pseudo masks", numbers.pseudo_masks), ("Segmenter", numbers.evaluation)]
+    made = [("Pseudo masks", numbers.pseudo_masks), *numbers.self_training.items(), ("Segmenter", numbers.evaluation)]
     return [*made, ("Segmenter, full masks", numbers.supervised)]
 
 

@@ -91,6 +91,9 @@ def scores_of_run(storage: Storage) -> dict[Line, float | None]:
             if key in score:
                 lines[(name, split, "mIoU")] = score[key]["miou"]
         lines[("pseudo masks", split, "mIoU")] = score["miou"]
+    for what, name in _self_training(storage).items():
+        for split, score in storage.read_json(name)["splits"].items():
+            lines[(what, split, "mIoU")] = score["miou"]
     for split, score in storage.read_json("evaluation/scores.json")["splits"].items():
         lines[("segmenter", split, "mIoU")] = score["miou"]
     if storage.exists("supervised/evaluation/scores.json"):
@@ -102,6 +105,18 @@ def scores_of_run(storage: Storage) -> dict[Line, float | None]:
             same = same_images(storage.read_json("evaluation/scores.json"), full)
             lines[("tags / full masks" if same else "tags / full masks of fewer images", split, "ratio")] = ratio
     return lines
+
+
+def _self_training(storage: Storage) -> dict[str, str]:
+    """Title -> scores.json of the masks and segmenters of self-training that come before the last segmenter."""
+    settings = storage.read_json("config.json").get("self_training")
+    names: dict[str, str] = {}
+    for index in range(settings["rounds"] + 1 if settings else 0):
+        if index:
+            names[f"masks of self-training, round {index}"] = f"self_training/{index:02d}/masks/scores.json"
+        if index < settings["rounds"]:
+            names[f"segmenter of self-training, round {index}"] = f"self_training/{index:02d}/evaluation/scores.json"
+    return names
 
 
 def rank_correlations(storages: Sequence[Storage]) -> str:
@@ -170,6 +185,7 @@ def _protocols(storages: Sequence[Storage]) -> dict[str, dict[str, Any]]:
     merged: dict[str, dict[str, Any]] = {}
     for storage in storages:
         scored = {"CAM": _cams(storage)[-1], "pseudo masks": storage.read_json("pseudo_masks/scores.json")}
+        scored |= {what: storage.read_json(name) for what, name in _self_training(storage).items()}
         for what, folder in (("segmenter", "evaluation"), ("segmenter from full masks", "supervised/evaluation")):
             if storage.exists(f"{folder}/scores.json"):
                 scored[what] = storage.read_json(f"{folder}/scores.json")

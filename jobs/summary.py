@@ -118,10 +118,12 @@ def _found(step: StagePlan, stats: dict[str, Any]) -> str:
 
 def _scores(storage: Storage, step: StagePlan) -> list[tuple[str, str, str, str, str]]:
     """(what, split, images, mIoU, threshold) of a complete step that is scored."""
+    of_round = "" if step.round_index is None else f", self-training {step.round_index}"
     names = {
         "make_cams": f"CAM, round {step.round_index}",
         "make_pseudo_masks": "pseudo masks",
-        "evaluate": "segmenter",
+        "evaluate": f"segmenter{of_round}",
+        "predict_train": f"masks{of_round}",
         "evaluate_supervised": "segmenter, full masks",
     }
     if step.stage not in names:
@@ -141,7 +143,7 @@ def _scores(storage: Storage, step: StagePlan) -> list[tuple[str, str, str, str,
             for kind, remark in (("fixed", ""), ("best", " (best)")):
                 part = curve[kind]
                 rows.append((what, split, num_images, _text(part["miou"]), f"{part['threshold']:.2f}{remark}"))
-        if step.stage == "evaluate":
+        if step.stage == "evaluate" and step.round_index is None:
             for key, baseline in scores["baselines"].items():
                 miou = _text(baseline[split]["miou"])
                 rows.append((key.replace("all_", "all ", 1), split, str(score["num_images"]), miou, ""))

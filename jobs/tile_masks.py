@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.storage import MissingFileError, Storage
+from cluster.storage import Storage
 from cluster.streams import BadRow, ShardOutput, iter_images
-from jobs.cam_tables import read_cams, read_truth
+from jobs.cam_tables import read_cams
 from jobs.tile_images import ImageTiles, by_image, classes_by_image, spread_channels
-from subcat_core import schemas
+from jobs.training_masks import MaskShard
 from subcat_core.cam import upsample_cam
 from subcat_core.classes import BACKGROUND, ClassTable, to_class_ids
 from subcat_core.images import ImageError, encode_mask
-from subcat_core.metrics import ConfusionMatrix
 from subcat_core.pseudo_mask import PseudoMask, PseudoMaskSettings, class_probability, mask_of_probability
 from subcat_core.tiles import stitch
 
@@ -41,34 +39,19 @@ class TileMaskWorker:
     def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
         cams = read_cams(inputs["cams"])
         classes_of = classes_by_image(inputs["manifest"])
-        confusion = ConfusionMatrix(self.classes.num_classes)
-        num_scored = 0
-        bad: list[BadRow] = []
-        made: list[dict[str, Any]] = []
+        shard = MaskShard(self.output, self.classes)
         for group in by_image(inputs["manifest"], inputs["images"]):
             row = group.image
             try:
                 pseudo = self._stitched(group, cams, classes_of[row["image_id"]])
             except ImageError as error:
-                bad.append(BadRow(row["image_id"], row["uri"], str(error)))
+                shard.bad.append(BadRow(row["image_id"], row["uri"], str(error)))
                 continue
-            made.append(self._written(group, pseudo))
-            if not row["mask_uri"]:
-                continue
-            try:
-                truth = read_truth(row, self.classes)
-            except (ImageError, MissingFileError) as error:
-                bad.append(BadRow(row["image_id"], row["mask_uri"], str(error)))
-                continue
-            confusion.update(pseudo.labels, truth)
-            num_scored += 1
-        stats = {
-            "confusion": confusion.to_json(),
-            "num_scored": num_scored,
-            "coverage": float(np.sum([row["coverage_frac"] for row in made])),
-            "ignored": float(np.sum([row["ignore_frac"] for row in made])),
-        }
-        return ShardOutput(pa.Table.from_pylist(made, schemas.MASKS), bad=bad, stats=stats, num_rows=len(made))
+            shard.write(row["image_id"], pseudo)
+            if self.cut:
+                self._write_tiles(group, pseudo)
+            shard.score(row, {"confusion": pseudo.labels})
+        return shard.result()
 
     def _stitched(self, group: ImageTiles, cams: Cams, classes: list[int]) -> PseudoMask:
         """The pseudo mask of an image. Raises ImageError where a tile has no CAM or cannot be read."""
@@ -94,24 +77,13 @@ class TileMaskWorker:
             )
             yield tile["y_px"], tile["x_px"], spread_channels(probability, found.tolist(), ids.tolist())
 
-    def _written(self, group: ImageTiles, pseudo: PseudoMask) -> dict[str, Any]:
-        """Write the PNG of an image, and of its tiles where asked for; returns its row of the index."""
-        image_id, palette = group.image["image_id"], self.classes.flat_palette()
-        name = f"png/{image_id}.png"
-        self.output.write_bytes(name, encode_mask(pseudo.mask, palette))
-        if self.cut:
-            for tile in group.tiles.to_pylist():
-                y, x = tile["y_px"], tile["x_px"]
-                part = pseudo.mask[y : y + tile["height_px"], x : x + tile["width_px"]]
-                self.output.write_bytes(tile_mask_name(tile["image_id"]), encode_mask(part, palette))
-        return {
-            "image_id": image_id,
-            "mask_uri": self.output.uri(name),
-            "class_ids": [int(value) for value in pseudo.class_ids],
-            "coverage_frac": pseudo.coverage_frac,
-            "ignore_frac": pseudo.ignore_frac,
-            "confidence": pseudo.confidence,
-        }
+    def _write_tiles(self, group: ImageTiles, pseudo: PseudoMask) -> None:
+        """The PNG of every tile of an image."""
+        for tile in group.tiles.to_pylist():
+            y, x = tile["y_px"], tile["x_px"]
+            part = pseudo.mask[y : y + tile["height_px"], x : x + tile["width_px"]]
+            name = tile_mask_name(tile["image_id"])
+            self.output.write_bytes(name, encode_mask(part, self.classes.flat_palette()))
 
 
 def maps_of_image(tiles: pa.Table, cams: pa.Table) -> tuple[list[int], np.ndarray] | None:

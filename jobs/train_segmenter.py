@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,12 +30,14 @@ from jobs.manifest import Manifest
 from jobs.tile_masks import tile_mask_name
 from subcat_core.backbones import input_statistics
 from subcat_core.classes import IGNORE, ClassTable
+from subcat_core.gated_crf import GatedCrfSettings, gated_crf_loss
 from subcat_core.images import AugmentSettings, augment, decode_image, decode_mask
 from subcat_core.segmenter import Segmenter, SegmenterSettings, build_segmenter, multi_scale_loss
 from subcat_core.settings import Settings
 
 logger = logging.getLogger("subcat")
 
+FOLDER = "segmenter"
 _MAX_EXAMPLES = 20
 
 
@@ -51,6 +53,14 @@ class SegmenterStageSettings(Settings):
     """Architecture and training of the segmenter."""
 
     model: SegmenterSettings = SegmenterSettings()
+    loss: Literal["cross_entropy", "soft_bootstrap"] = "cross_entropy"
+    """soft_bootstrap: for masks that may be wrong, the target is mixed with the network's own answer."""
+    bootstrap_beta: float = Field(default=0.8, gt=0, lt=1)
+    """Share of the mask in the target of soft_bootstrap; Reed et al. took 0.95."""
+    boundary_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Of the gated CRF loss beside that on the masks, in place of a CRF after prediction; 0: none; its authors: 0.1."""
+    boundary: GatedCrfSettings = GatedCrfSettings()
+    """Neighbours and kernel of the gated CRF loss."""
     augment: AugmentSettings = AugmentSettings()
     optimiser: SegmenterOptimiserSettings = SegmenterOptimiserSettings()
     compute: TrainComputeSettings = TrainComputeSettings()
@@ -72,9 +82,7 @@ class SegmenterTrainee:
     def make_sample(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         image = decode_image(read_uri(row["uri"]))
         mask = decode_mask(read_uri(row["mask_uri"]), self.classes.mask_lut())
-        mean, _ = input_statistics(self.settings.model.backbone.name)
-        pad_rgb = (round(mean[0]), round(mean[1]), round(mean[2]))
-        crop, mask_crop = augment(image, self.settings.augment, rng, pad_rgb=pad_rgb, mask=mask)
+        crop, mask_crop = augment(image, self.settings.augment, rng, pad_rgb=self._pad_rgb(), mask=mask)
         assert mask_crop is not None
         return {"image": crop, "mask": mask_crop}
 
@@ -87,8 +95,24 @@ class SegmenterTrainee:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         settings = self.settings.model
         logits = model(batch["image"], settings.train_scales)
-        loss = multi_scale_loss(logits, batch["mask"], batch["weight"], loss_at=settings.loss_at)
-        return loss, {"loss": loss.detach()}
+        beta = self.settings.bootstrap_beta if self.settings.loss == "soft_bootstrap" else 1.0
+        loss = multi_scale_loss(logits, batch["mask"], batch["weight"], loss_at=settings.loss_at, bootstrap_beta=beta)
+        if not self.settings.boundary_weight:
+            return loss, {"loss": loss.detach()}
+        boundary = gated_crf_loss(logits[0], batch["image"], self._gate(batch), self.settings.boundary)
+        total = loss + self.settings.boundary_weight * boundary
+        return total, {"loss": total.detach(), "mask_loss": loss.detach(), "boundary_loss": boundary.detach()}
+
+    def _gate(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(N, H, W) float32, 0 for padding and for bad images: pixels that are only unsure have neighbours too."""
+        colour = torch.tensor(self._pad_rgb(), dtype=torch.uint8, device=batch["image"].device)
+        padding = (batch["mask"] == IGNORE) & (batch["image"] == colour[:, None, None]).all(dim=1)
+        return (~padding).float() * batch["weight"].float()[:, None, None]
+
+    def _pad_rgb(self) -> tuple[int, int, int]:
+        """The network's mean colour."""
+        mean, _ = input_statistics(self.settings.model.backbone.name)
+        return round(mean[0]), round(mean[1]), round(mean[2])
 
     def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
         assert isinstance(model, Segmenter)
@@ -101,8 +125,19 @@ class SegmenterTrainee:
         return {}
 
 
-def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact, tiles: Manifest | None = None) -> Artifact:
-    """Train on every image that has a pseudo mask; with `tiles`, on the tiles of these images and their masks."""
+def run(
+    context: StageContext,
+    manifest: Manifest,
+    pseudo_masks: Artifact,
+    tiles: Manifest | None = None,
+    *,
+    name: str = FOLDER,
+    round_index: int | None = None,
+) -> Artifact:
+    """Train on every image that has a pseudo mask; with `tiles`, on the tiles of these images and their masks.
+
+    name: the folder to write. round_index: of self-training, whose masks take the place of the pseudo masks.
+    """
     masks: dict[str, Any] = {"pseudo_masks": pseudo_masks.output_fingerprint}
     if tiles is not None:
         masks["tiles"] = tiles.fingerprint
@@ -112,6 +147,8 @@ def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact, tiles
         lambda: pseudo_mask_rows(manifest, pseudo_masks, tiles),
         masks=masks,
         classes=ClassTable(manifest.classes.names, has_background=manifest.classes.has_background),
+        name=name,
+        round_index=round_index,
     )
 
 
@@ -133,13 +170,14 @@ def train_on(
     *,
     masks: dict[str, Any],
     classes: ClassTable,
-    name: str = "segmenter",
+    name: str = FOLDER,
     stage: str = "train_segmenter",
+    round_index: int | None = None,
 ) -> Artifact:
     """Train the segmenter of the settings on some masks.
 
     rows: image_id, uri, mask_uri. masks: what names those masks in the fingerprint. classes: what their values mean.
-    name: the folder to write. The model goes to MLflow where the masks are pseudo masks.
+    name: the folder to write. The model of the run's own folder, and no other, goes to MLflow.
     """
     experiment = context.experiment
     settings = experiment.segmenter
@@ -174,7 +212,7 @@ def train_on(
                 ),
             )
         warn_of_loss(context, title, result)
-        if "pseudo_masks" in masks:
+        if name == FOLDER:
             log_model(context, manifest, artifact.folder)
         return training_stats(artifact, result)
 
@@ -182,13 +220,24 @@ def train_on(
         context,
         name=name,
         stage=stage,
+        round_index=round_index,
         inputs={
-            "settings": settings.model_dump(mode="json", exclude={"compute": True, "optimiser": {"keep_checkpoints"}}),
+            "settings": fingerprinted(settings),
             "rng_seed": experiment.rng_seed,
             **masks,
         },
         work=work,
     )
+
+
+def fingerprinted(settings: SegmenterStageSettings) -> dict[str, Any]:
+    """The settings without those that change no result, and without options that are off."""
+    excluded: dict[str, Any] = {"compute": True, "optimiser": {"keep_checkpoints"}}
+    if settings.loss == "cross_entropy":
+        excluded |= {"loss": True, "bootstrap_beta": True}
+    if not settings.boundary_weight:
+        excluded |= {"boundary_weight": True, "boundary": True}
+    return settings.model_dump(mode="json", exclude=excluded)
 
 
 def _rows_of_tiles(tiles: Manifest, masks: pa.Table, folder: Storage) -> pa.Table:

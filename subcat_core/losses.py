@@ -1,4 +1,6 @@
-"""The losses of the classifier, over parent classes and over sub-categories, and the mean that all losses take."""
+"""The losses of the classifier, over parent classes and over sub-categories; the mean that all losses take; a loss for
+labels that may be wrong.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +38,19 @@ def multilabel_soft_margin(
     terms = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").mean(dim=1)
     weight = torch.ones_like(terms) if weight is None else weight.float()
     return global_mean((terms * weight).sum(), weight.sum())
+
+
+def soft_bootstrap(cross_entropy: torch.Tensor, logits: torch.Tensor, beta: float) -> torch.Tensor:
+    """Soft bootstrapping (Reed et al. 2015): cross entropy with the target beta * label + (1 - beta) * own softmax.
+
+    cross_entropy: (N, ...) float32 with the labels alone, 0 where a label is left out. logits: (N, M, ...) float32.
+    beta in 0..1. Returns (N, ...): beta * cross_entropy + (1 - beta) * entropy of the softmax. As theirs, the gradient
+    goes through the target too, which rewards a sure answer whatever the label. With a target that is held fixed the
+    gradient would be beta times that of cross entropy, a smaller step and nothing else.
+    """
+    log_probability = logits.log_softmax(dim=1)
+    entropy = -(log_probability.exp() * log_probability).sum(dim=1)
+    return beta * cross_entropy + (1 - beta) * entropy
 
 
 def guess_loss(positives: np.ndarray, num_samples: int) -> float:

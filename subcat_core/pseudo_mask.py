@@ -19,18 +19,11 @@ from subcat_core.crf import CrfSettings, dense_crf
 from subcat_core.settings import Settings
 
 
-class PseudoMaskSettings(Settings):
-    """How maps compete with background."""
+class MaskSettings(Settings):
+    """How scores or probabilities become a mask."""
 
-    background: Literal["power", "constant"] = "power"
-    """`power`: (1 - max_c cam)^alpha, high where no class is active. `constant`: background_score everywhere. Neither
-    counts for classes without a background (`ClassTable.has_background`): there only the maps compete."""
-    alpha: float = Field(default=12.0, gt=0, allow_inf_nan=False)
-    """Higher: weaker background. 12 breaks even with a map at 0.15, the authors' threshold (PSA: 4 and 24 or 32)."""
-    background_score: float = Field(default=0.15, ge=0, le=1)
-    """Score of background when it is `constant` (value of the authors' code)."""
     crf: CrfSettings | None = CrfSettings()
-    """Dense CRF on the image, or on each tile of it; none ("none" in TOML): the raw maps decide."""
+    """Dense CRF on the image, or on each tile of it; none ("none" in TOML): what goes in decides."""
     min_confidence: float = Field(default=0.0, ge=0, le=1)
     """Pixels whose class has a lower probability become 255 (ignore) and do not train the segmenter; 0 keeps all."""
 
@@ -39,6 +32,18 @@ class PseudoMaskSettings(Settings):
     def _no_crf(cls, value: object) -> object:
         """TOML has no null."""
         return None if value == "none" else value
+
+
+class PseudoMaskSettings(MaskSettings):
+    """How maps compete with background, and how they become a mask."""
+
+    background: Literal["power", "constant"] = "power"
+    """`power`: (1 - max_c cam)^alpha, high where no class is active. `constant`: background_score everywhere. Neither
+    counts for classes without a background (`ClassTable.has_background`): there only the maps compete."""
+    alpha: float = Field(default=12.0, gt=0, allow_inf_nan=False)
+    """Higher: weaker background. 12 breaks even with a map at 0.15, the authors' threshold (PSA: 4 and 24 or 32)."""
+    background_score: float = Field(default=0.15, ge=0, le=1)
+    """Score of background when it is `constant` (value of the authors' code)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +126,7 @@ def probability_of_scores(scores: np.ndarray, image: np.ndarray, settings: Pseud
 
 
 def mask_of_probability(
-    labels: np.ndarray, chosen: np.ndarray, settings: PseudoMaskSettings, *, has_background: bool = True
+    labels: np.ndarray, chosen: np.ndarray, settings: MaskSettings, *, has_background: bool = True
 ) -> PseudoMask:
     """IGNORE where unsure, and the numbers of a mask.
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from subcat_core.backbones import BackboneSettings, build_backbone
 from subcat_core.classes import IGNORE
-from subcat_core.losses import global_mean
+from subcat_core.losses import global_mean, soft_bootstrap
 from subcat_core.multi_scale import maximum_logits, scaled_images, shrink_masks
 from subcat_core.schedule import parameter_groups
 from subcat_core.settings import Settings
@@ -144,18 +144,22 @@ def segmentation_loss(
     weight: torch.Tensor | None = None,
     *,
     loss_at: Literal["mask", "logits"] = "mask",
+    bootstrap_beta: float = 1.0,
 ) -> torch.Tensor:
     """Cross entropy, averaged over the pixels (or with loss_at = "logits" the cells) that are not IGNORE
     (`global_mean`).
 
     logits: (N, C+1, h, w); masks: (N, H, W) uint8 class ids with IGNORE = 255. loss_at: logits go to (H, W) bilinearly,
     or masks to (h, w) by `shrink_masks`. weight: (N,) >= 0 an image, or None for 1: an image counts as weight times
-    its valid pixels. No valid pixel at all gives 0 with a gradient of 0. Computed in float32.
+    its valid pixels. No valid pixel at all gives 0 with a gradient of 0. Computed in float32. bootstrap_beta: below 1,
+    `soft_bootstrap` in place of cross entropy.
     """
     if loss_at == "logits":
         masks = shrink_masks(masks, logits.shape[2], logits.shape[3])
     logits = F.interpolate(logits.float(), masks.shape[1:], mode="bilinear", align_corners=False)
     terms = F.cross_entropy(logits, masks.long(), ignore_index=IGNORE, reduction="none")
+    if bootstrap_beta < 1:
+        terms = soft_bootstrap(terms, logits, bootstrap_beta)
     valid = (masks != IGNORE).float()
     if weight is not None:
         valid = valid * weight.float()[:, None, None]
@@ -168,13 +172,14 @@ def multi_scale_loss(
     weight: torch.Tensor | None = None,
     *,
     loss_at: Literal["mask", "logits"] = "mask",
+    bootstrap_beta: float = 1.0,
 ) -> torch.Tensor:
     """The sum, not the mean, of `segmentation_loss` over the logits of each scale and, where there are several, over
     their maximum (deeplab-pytorch). The other arguments as there.
     """
     outputs = [*logits, maximum_logits(logits)] if len(logits) > 1 else logits
-    losses = [segmentation_loss(output, masks, weight, loss_at=loss_at) for output in outputs]
-    return torch.stack(losses).sum()
+    options: dict[str, Any] = {"loss_at": loss_at, "bootstrap_beta": bootstrap_beta}
+    return torch.stack([segmentation_loss(output, masks, weight, **options) for output in outputs]).sum()
 
 
 _STRIP_VALUES = 2**22  # of one map of all classes over a strip of rows: 16 MB

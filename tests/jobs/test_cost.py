@@ -101,6 +101,19 @@ def test_predictions_and_their_score() -> None:
     assert crf == pytest.approx(20 * crf_seconds(PIXELS, 3, CrfSettings()))
 
 
+def test_self_training_predicts_the_train_split_within_tags() -> None:
+    costs = _costs(_experiment(self_training={}))
+    predicted, train = costs["predict_train 1"], costs["predict"]
+    assert (predicted.num_images, costs["train_segmenter 0"].num_images, costs["predict 0"].num_images) == (
+        100,
+        100,
+        20,
+    )
+    assert predicted.network_ops == pytest.approx(5 * train.network_ops)
+    plain = _costs(_experiment(self_training={"mask": {"crf": "none"}}))["predict_train 1"]
+    assert predicted.cpu_s - plain.cpu_s == pytest.approx(100 * crf_seconds(PIXELS, 2.5, CrfSettings()))
+
+
 def test_stages_that_see_tiles_count_them() -> None:
     """Images of 40 x 60 px in tiles of 24 px at 12 px: 3 rows (0, 12, 16) and 4 columns (0, 12, 24, 36)."""
     values = tiny_values(Path("none.csv"), "none", supervised={})

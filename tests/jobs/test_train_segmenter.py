@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.train_segmenter import SegmenterStageSettings, SegmenterTrainee, trained_px
+from jobs.train_segmenter import SegmenterStageSettings, SegmenterTrainee, fingerprinted, trained_px
 from subcat_core.backbones import BackboneSettings
 from subcat_core.classes import IGNORE, ClassTable
+from subcat_core.gated_crf import GatedCrfSettings, gated_crf_loss
 from subcat_core.images import AugmentSettings
-from subcat_core.segmenter import SegmenterSettings, multi_scale_loss
+from subcat_core.segmenter import SegmenterSettings, multi_scale_loss, segmentation_loss
 
 PUBLISHED_CROP = AugmentSettings(scales=(0.5, 1.0), crop_px=64, pad="end", jitter=(0.0, 0.0, 0.0, 0.0))
 
@@ -56,6 +58,46 @@ def test_bad_images_count_nothing_at_any_scale(rng: np.random.Generator, loss_at
     alone = {name: tensor[:1] for name, tensor in inputs.items()}
     torch.testing.assert_close(of_two.loss(model, inputs)[0], of_two.loss(model, alone)[0])
     assert of_two.loss(model, batch(rng, (0.0, 0.0)))[0].item() == 0
+
+
+def test_soft_bootstrap_is_in_the_loss_that_training_takes(rng: np.random.Generator) -> None:
+    plain, soft = (
+        dataclasses.replace(made, settings=made.settings.model_copy(update={"loss": loss}))
+        for made, loss in ((trainee(), "cross_entropy"), (trainee(), "soft_bootstrap"))
+    )
+    torch.manual_seed(0)
+    model = plain.build_model().eval()
+    inputs = batch(rng)
+    logits = model(inputs["image"])
+    torch.testing.assert_close(plain.loss(model, inputs)[0], segmentation_loss(logits, inputs["mask"]))
+    expected = segmentation_loss(logits, inputs["mask"], bootstrap_beta=0.8)
+    torch.testing.assert_close(soft.loss(model, inputs)[0], expected)
+
+
+def test_options_that_are_off_are_not_in_the_fingerprint() -> None:
+    before = {"model", "augment", "optimiser"}  # of runs that were made before there were options
+    assert set(fingerprinted(SegmenterStageSettings())) == before
+    assert set(fingerprinted(SegmenterStageSettings(loss="soft_bootstrap"))) == {*before, "loss", "bootstrap_beta"}
+    assert set(fingerprinted(SegmenterStageSettings(boundary_weight=0.1))) == {*before, "boundary_weight", "boundary"}
+
+
+def test_the_boundary_loss_is_added_and_sees_neither_padding_nor_bad_images(rng: np.random.Generator) -> None:
+    plain = trainee()
+    weighted = dataclasses.replace(plain, settings=plain.settings.model_copy(update={"boundary_weight": 0.5}))
+    torch.manual_seed(0)
+    model = plain.build_model().eval()
+    inputs = batch(rng, (1.0, 0.0))
+    inputs["mask"][0, :, 40:] = IGNORE  # unsure up to column 48, padding from there on
+    inputs["image"][0, :, :, 48:] = torch.tensor([124, 116, 104], dtype=torch.uint8)[:, None, None]
+    gate = torch.zeros(2, 64, 64)
+    gate[0, :, :48] = 1.0
+    logits = model(inputs["image"])
+    expected = gated_crf_loss(logits, inputs["image"], gate, GatedCrfSettings())
+    loss, scalars = weighted.loss(model, inputs)
+    torch.testing.assert_close(scalars["boundary_loss"], expected.detach())
+    torch.testing.assert_close(scalars["mask_loss"], plain.loss(model, inputs)[0].detach())
+    torch.testing.assert_close(loss, scalars["mask_loss"] + 0.5 * scalars["boundary_loss"])
+    assert expected > 0
 
 
 def test_a_sample_is_padded_with_the_networks_mean(tmp_path: Path, rng: np.random.Generator) -> None:

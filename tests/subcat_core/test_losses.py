@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from subcat_core.classes import IGNORE
-from subcat_core.losses import global_mean, guess_loss, joint_loss, multilabel_soft_margin
+from subcat_core.losses import global_mean, guess_loss, joint_loss, multilabel_soft_margin, soft_bootstrap
 from subcat_core.segmenter import segmentation_loss
 
 
@@ -144,3 +144,29 @@ def test_guess_loss_is_that_of_the_best_constant_answer() -> None:
     targets = torch.tensor([[1.0, 1, 1], [0, 1, 1], [0, 1, 0], [0, 1, 0]])
     logits = torch.tensor([[np.log(1 / 3), 40.0, 0.0]]).expand(4, 3)
     assert multilabel_soft_margin(logits, targets).item() == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_soft_bootstrap_by_hand() -> None:
+    # Probabilities 0.75 and 0.25, label 1: 0.8 * log 4 + 0.2 * (0.75 * log(4 / 3) + 0.25 * log 4).
+    logits = torch.tensor([[math.log(3.0), 0.0]])
+    cross_entropy = F.cross_entropy(logits, torch.tensor([1]), reduction="none")
+    entropy = 0.75 * math.log(4 / 3) + 0.25 * math.log(4)
+    expected = 0.8 * math.log(4) + 0.2 * entropy
+    assert soft_bootstrap(cross_entropy, logits, 0.8).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_soft_bootstrap_agrees_with_a_plain_loop_and_is_no_smaller_step() -> None:
+    rng = np.random.default_rng(3)
+    values, masks = rng.normal(size=(2, 3, 4, 5)) * 3, rng.choice(np.array([0, 1, 2, IGNORE], np.uint8), (2, 4, 5))
+    total, count = 0.0, 0
+    for image, row, column in np.ndindex(masks.shape):
+        if masks[image, row, column] != IGNORE:
+            own = np.exp(values[image, :, row, column]) / np.exp(values[image, :, row, column]).sum()
+            target = 0.8 * np.eye(3)[masks[image, row, column]] + 0.2 * own
+            total, count = total - float((target * np.log(own)).sum()), count + 1
+    logits = torch.from_numpy(values).float().requires_grad_()
+    loss = segmentation_loss(logits, torch.from_numpy(masks), bootstrap_beta=0.8)
+    assert loss.item() == pytest.approx(total / count, rel=1e-5)
+    [gradient] = torch.autograd.grad(loss, logits)
+    [plain] = torch.autograd.grad(segmentation_loss(logits, torch.from_numpy(masks)), logits)
+    assert (gradient - 0.8 * plain).abs().max() > 0.05 * plain.abs().max()
