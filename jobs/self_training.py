@@ -30,7 +30,7 @@ from jobs.predict import PredictSettings, PredictWorker
 from jobs.protocol import TAGS, Protocol
 from jobs.train_segmenter import trained_px
 from jobs.training_masks import MaskScores, MaskShard
-from subcat_core.classes import to_class_ids
+from subcat_core.classes import ClassTable, to_class_ids
 from subcat_core.pseudo_mask import MaskSettings, PseudoMask, mask_of_probability
 from subcat_core.settings import Settings
 
@@ -80,17 +80,29 @@ def segmenter_rounds(experiment: Experiment) -> list[SegmenterRound]:
 
 
 class SelfTrainingWorker:
-    """One actor: holds the segmenter, turns a shard of training images with tags into masks and their index."""
+    """One actor: holds the segmenter, turns a shard of training images with tags into masks and their index.
 
-    def __init__(self, *, segmenter: Storage, output: Storage, predict: PredictSettings, mask: MaskSettings) -> None:
+    classes: of the manifest, which knows what values of ground truth to skip; the segmenter's own file does not.
+    """
+
+    def __init__(
+        self,
+        *,
+        segmenter: Storage,
+        output: Storage,
+        classes: ClassTable,
+        predict: PredictSettings,
+        mask: MaskSettings,
+    ) -> None:
         self.output = output
+        self.classes = classes
         self.mask = mask
         self.predictor = PredictWorker(
             segmenter=segmenter, output=output, settings=predict.model_copy(update={"crf": mask.crf})
         )
 
     def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
-        shard = MaskShard(self.output, self.predictor.classes)
+        shard = MaskShard(self.output, self.classes)
         for row, image in self.predictor.images(inputs["manifest"]):
             if isinstance(image, BadRow):
                 shard.bad.append(image)
@@ -102,7 +114,7 @@ class SelfTrainingWorker:
 
     def _mask(self, image: np.ndarray, labels: list[int]) -> PseudoMask:
         """Tagged classes and background compete; an image without a tag is background, or where there is none 255."""
-        has_background = self.predictor.classes.has_background
+        has_background = self.classes.has_background
         if labels:
             mask, chosen = self.predictor.predict(image, to_class_ids(np.asarray(labels)).tolist())
         else:
@@ -125,6 +137,7 @@ def run(context: StageContext, manifest: Manifest, segmenter: Artifact, index: i
                 {
                     "segmenter": segmenter.folder,
                     "output": artifact.folder,
+                    "classes": manifest.classes,
                     "predict": experiment.predict,
                     "mask": mask,
                 },
