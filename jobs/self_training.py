@@ -82,15 +82,24 @@ def segmenter_rounds(experiment: Experiment) -> list[SegmenterRound]:
 class SelfTrainingWorker:
     """One actor: holds the segmenter, turns a shard of training images with tags into masks and their index."""
 
-    def __init__(self, *, segmenter: Storage, output: Storage, predict: PredictSettings, mask: MaskSettings) -> None:
+    def __init__(
+        self,
+        *,
+        segmenter: Storage,
+        output: Storage,
+        predict: PredictSettings,
+        mask: MaskSettings,
+        write_confidence: bool = False,
+    ) -> None:
         self.output = output
         self.mask = mask
+        self.write_confidence = write_confidence
         self.predictor = PredictWorker(
             segmenter=segmenter, output=output, settings=predict.model_copy(update={"crf": mask.crf})
         )
 
     def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
-        shard = MaskShard(self.output, self.predictor.classes)
+        shard = MaskShard(self.output, self.predictor.classes, write_confidence=self.write_confidence)
         for row, image in self.predictor.images(inputs["manifest"]):
             if isinstance(image, BadRow):
                 shard.bad.append(image)
@@ -127,6 +136,7 @@ def run(context: StageContext, manifest: Manifest, segmenter: Artifact, index: i
                     "output": artifact.folder,
                     "predict": experiment.predict,
                     "mask": mask,
+                    "write_confidence": experiment.pseudo_masks.write_confidence,
                 },
                 inputs={"manifest": manifest.folder},
                 columns={"manifest": COLUMNS},
@@ -150,6 +160,7 @@ def run(context: StageContext, manifest: Manifest, segmenter: Artifact, index: i
             "predict": experiment.predict.views(),
             "manifest": manifest.fingerprint,
             "segmenter": segmenter.output_fingerprint,
+            **({"write_confidence": True} if experiment.pseudo_masks.write_confidence else {}),
         },
         work=work,
     )

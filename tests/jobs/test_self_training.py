@@ -110,7 +110,8 @@ def _run(experiment: Experiment) -> Storage:
 def test_the_last_segmenter_stands_where_all_look_and_the_first_beside_it(tiny_table: Path, tmp_path: Path) -> None:
     mask = {"crf": "none"}
     values = small_values(tiny_table, str(tmp_path / "out"), self_training={"rounds": 1, "mask": mask})
-    values["pseudo_masks"] = {"mask": {"crf": "none"}}
+    values["pseudo_masks"] = {"mask": {"crf": "none"}, "write_confidence": True}
+    values["segmenter"]["loss"] = "confidence"
     experiment = parse_experiment(values)
     storage = _run(experiment)
     steps = [(step.stage, step.round_index, step.folder) for step in pipeline.plan(experiment)]
@@ -135,6 +136,8 @@ def test_the_last_segmenter_stands_where_all_look_and_the_first_beside_it(tiny_t
     )
     masks = storage.read_json("self_training/01/masks/scores.json")
     assert [scores["protocol"]["self_training_round"] for scores in (first, last)] == [0, 1]
+    for folder in ("pseudo_masks", "self_training/01/masks"):
+        assert storage.list_names(f"{folder}/confidence") == storage.list_names(f"{folder}/png") != []
     assert masks["protocol"]["tags"] == "used: only the tagged classes compete"
     lines = results.scores_of_run(storage)
     assert lines[("segmenter of self-training, round 0", "val", "mIoU")] == first["splits"]["val"]["miou"]
