@@ -124,6 +124,11 @@ class Experiment(Settings):
         stride = self.segmenter.model.backbone.output_stride
         if stride == 32:
             raise ValueError("segmenter.model.backbone.output_stride = 32: too coarse for masks; use 8 or 16")
+        if self.segmenter.loss == "confidence" and not self.pseudo_masks.write_confidence:
+            raise ValueError(
+                "segmenter.loss = confidence: needs the confidence of every pixel; set pseudo_masks.write_confidence = "
+                "true"
+            )
         if self.affinity is not None:
             self._affinity_fits()
         if self.self_training is not None and self.prepare.segmenter_sees_tiles:

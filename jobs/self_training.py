@@ -93,16 +93,18 @@ class SelfTrainingWorker:
         classes: ClassTable,
         predict: PredictSettings,
         mask: MaskSettings,
+        write_confidence: bool = False,
     ) -> None:
         self.output = output
         self.classes = classes
         self.mask = mask
+        self.write_confidence = write_confidence
         self.predictor = PredictWorker(
             segmenter=segmenter, output=output, settings=predict.model_copy(update={"crf": mask.crf})
         )
 
     def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
-        shard = MaskShard(self.output, self.classes)
+        shard = MaskShard(self.output, self.classes, write_confidence=self.write_confidence)
         for row, image in self.predictor.images(inputs["manifest"]):
             if isinstance(image, BadRow):
                 shard.bad.append(image)
@@ -140,6 +142,7 @@ def run(context: StageContext, manifest: Manifest, segmenter: Artifact, index: i
                     "classes": manifest.classes,
                     "predict": experiment.predict,
                     "mask": mask,
+                    "write_confidence": experiment.pseudo_masks.write_confidence,
                 },
                 inputs={"manifest": manifest.folder},
                 columns={"manifest": COLUMNS},
@@ -163,6 +166,7 @@ def run(context: StageContext, manifest: Manifest, segmenter: Artifact, index: i
             "predict": experiment.predict.views(),
             "manifest": manifest.fingerprint,
             "segmenter": segmenter.output_fingerprint,
+            **({"write_confidence": True} if experiment.pseudo_masks.write_confidence else {}),
         },
         work=work,
     )

@@ -10,6 +10,7 @@ segmenter sees tiles, so does the yardstick, with the full masks cut alike (supe
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +22,8 @@ from jobs import evaluate, predict
 from jobs.context import StageContext
 from jobs.joins import with_column
 from jobs.manifest import Manifest
-from jobs.train_segmenter import pseudo_mask_rows, train_on
+from jobs.train_segmenter import train_on
+from jobs.training_masks import pseudo_mask_rows
 from subcat_core.classes import ClassTable
 from subcat_core.settings import Settings
 
@@ -38,7 +40,7 @@ class SupervisedSettings(Settings):
 
 def full_mask_rows(manifest: Manifest, pseudo_masks: Artifact, settings: SupervisedSettings) -> pa.Table:
     """image_id, uri and mask_uri of the images that train the segmenter, with their annotated masks."""
-    images = pseudo_mask_rows(manifest, pseudo_masks).drop_columns(["mask_uri"])
+    images = pseudo_mask_rows(manifest, pseudo_masks).select(["image_id", "uri"])
     if settings.masks_folder is not None:
         folder = Storage(settings.masks_folder)
         uris = [folder.uri(f"{image_id}.png") for image_id in images["image_id"].to_pylist()]
@@ -49,7 +51,7 @@ def full_mask_rows(manifest: Manifest, pseudo_masks: Artifact, settings: Supervi
 
 def full_mask_tiles(manifest: Manifest, pseudo_masks: Artifact, tiles: Manifest, tile_masks: Artifact) -> pa.Table:
     """image_id, uri and mask_uri of the tiles that train the segmenter, with their part of the annotated masks."""
-    rows = pseudo_mask_rows(manifest, pseudo_masks, tiles).drop_columns(["mask_uri"])
+    rows = pseudo_mask_rows(manifest, pseudo_masks, tiles).select(["image_id", "uri"])
     names = tiles.shard_names("train")
     masks = pa.concat_tables([tile_masks.folder.read_table(f"{name}.parquet") for name in names])
     return with_column(rows, masks, "mask_uri")
@@ -80,6 +82,10 @@ def train(
             return full_mask_rows(manifest, pseudo_masks, settings)
         return full_mask_tiles(manifest, pseudo_masks, tiles, tile_masks)
 
+    segmenter = context.experiment.segmenter
+    if segmenter.loss == "confidence":  # full masks are sure
+        sure = segmenter.model_copy(update={"loss": "cross_entropy"})
+        context = dataclasses.replace(context, experiment=context.experiment.model_copy(update={"segmenter": sure}))
     return train_on(
         context,
         manifest,

@@ -18,6 +18,13 @@ def _with(**values: object) -> dict[str, object]:
     return {**MINIMAL, **values}
 
 
+def test_a_loss_by_confidence_needs_the_confidence() -> None:
+    values = _with(segmenter={"loss": "confidence"})
+    with pytest.raises(ConfigError, match=r"segmenter\.loss = confidence: .* set pseudo_masks\.write_confidence"):
+        parse_experiment(values)
+    parse_experiment(values | {"pseudo_masks": {"write_confidence": True}})
+
+
 def test_minimal_config_takes_the_papers_defaults() -> None:
     experiment = parse_experiment(MINIMAL)
     assert experiment.kmeans.num_clusters == 10
