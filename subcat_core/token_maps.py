@@ -22,8 +22,9 @@ _MODULES = ("timm.models.vision_transformer", "timm.models.deit", "timm.models.e
 class TokenMaps(nn.Module):
     """(N, 3, H, W) normalised -> (N, D, ceil(H / patch), ceil(W / patch)): normed patch tokens, no class token.
 
-    Images are padded at the right and the bottom to whole patches, with zeros after normalisation. Position embeddings
-    are interpolated to the grid. Raises ValueError, when built, for a network whose patches are not square.
+    Images are padded to whole patches with zeros after normalisation, half on each side, so that the map of a mirrored
+    image turned back lies right up to a pixel. Position embeddings are interpolated to the grid. Raises ValueError,
+    when built, for a network whose patches are not square.
     """
 
     def __init__(self, vit: nn.Module) -> None:
@@ -34,8 +35,8 @@ class TokenMaps(nn.Module):
         self.num_prefix = int(cast(Any, vit).num_prefix_tokens)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        height, width = pixels.shape[2:]
-        padded = F.pad(pixels, (0, -width % self.patch_px, 0, -height % self.patch_px))
+        rest = [-size % self.patch_px for size in reversed(pixels.shape[2:])]
+        padded = F.pad(pixels, [side for pad in rest for side in (pad // 2, pad - pad // 2)])
         tokens = cast(Any, self.vit).forward_features(padded)[:, self.num_prefix :]
         rows = padded.shape[2] // self.patch_px
         return cast(torch.Tensor, tokens.transpose(1, 2).reshape(len(tokens), self.num_features, rows, -1))

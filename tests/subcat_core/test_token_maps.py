@@ -51,11 +51,11 @@ def test_any_size_is_padded_to_whole_patches(size: tuple[int, int], cells: tuple
 
 
 @torch.no_grad()
-def test_padding_is_of_zeros_after_normalisation() -> None:
+def test_padding_is_of_zeros_after_normalisation_on_both_sides() -> None:
     backbone = build(SMALL)
-    pixels = torch.randn(1, 3, 20, 32)
+    pixels = torch.randn(1, 3, 20, 29)
     padded = torch.zeros(1, 3, 32, 32)
-    padded[:, :, :20] = pixels
+    padded[:, :, 6:26, 1:30] = pixels  # 12 rows and 3 columns to add
     torch.testing.assert_close(backbone.net(pixels), backbone.net(padded), atol=0, rtol=0)
 
 
