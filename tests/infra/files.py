@@ -25,7 +25,6 @@ VALUES = {
     "STORAGE_REGION": "us-east-1",
     "STORAGE_ENDPOINT": "https://s3.us-east-1.amazonaws.com",
     "MLFLOW_ARTIFACTS": "s3://bucket/mlflow",
-    "STORAGE_ROLE": "arn:aws:iam::123456789012:role/subcat",
     "AWS_REGION": "us-east-1",
     "AWS_IMAGE_ID": "ami-0123456789abcdef0",
     "AWS_INSTANCE_PROFILE": "arn:aws:iam::123456789012:instance-profile/subcat",
