@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from cluster.artifacts import Artifact
 from cluster.storage import Storage, StorageError, read_uri
 from cluster.tracking import ChildRun
 from cluster.training import OptimiserSettings, TrainComputeSettings, train
+from cluster.training_rows import write_rows
 from jobs.context import StageContext, complete, training_stats, warn_of_loss
 from jobs.joins import with_column
 from jobs.manifest import Manifest
@@ -115,21 +116,24 @@ def run(context: StageContext, manifest: Manifest, pseudo_masks: Artifact, tiles
     )
 
 
-def pseudo_mask_rows(manifest: Manifest, pseudo_masks: Artifact, tiles: Manifest | None = None) -> pa.Table:
-    """image_id, uri and mask_uri of the images that have a pseudo mask, or of the tiles of these images."""
-    names = manifest.shard_names("train")
-    masks = pa.concat_tables(
-        [pseudo_masks.folder.read_table(f"{name}.parquet", ["image_id", "mask_uri"]) for name in names]
-    )
-    if tiles is not None:
-        return _rows_of_tiles(tiles, masks, pseudo_masks.folder)
-    return with_column(manifest.rows("train", ["image_id", "uri"]), masks, "mask_uri")
+def pseudo_mask_rows(manifest: Manifest, pseudo_masks: Artifact, tiles: Manifest | None = None) -> Iterator[pa.Table]:
+    """image_id, uri and mask_uri of the images that have a pseudo mask, or of the tiles of these images, by shard."""
+
+    def with_mask(name: str, rows: pa.Table) -> pa.Table:
+        masks = pseudo_masks.folder.read_table(f"{name}.parquet", ["image_id", "mask_uri"])
+        if tiles is not None:
+            return _with_tile_mask(rows, masks, pseudo_masks.folder)
+        return with_column(rows, masks, "mask_uri")
+
+    if tiles is not None:  # its shards have the names of the manifest's
+        return tiles.joined("train", ["image_id", "uri", "parent_id"], with_mask)
+    return manifest.joined("train", ["image_id", "uri"], with_mask)
 
 
 def train_on(
     context: StageContext,
     manifest: Manifest,
-    rows: Callable[[], pa.Table],
+    rows: Callable[[], Iterable[pa.Table]],
     *,
     masks: dict[str, Any],
     classes: ClassTable,
@@ -138,15 +142,15 @@ def train_on(
 ) -> Artifact:
     """Train the segmenter of the settings on some masks.
 
-    rows: image_id, uri, mask_uri. masks: what names those masks in the fingerprint. classes: what their values mean.
-    name: the folder to write. The model goes to MLflow where the masks are pseudo masks.
+    rows: tables of image_id, uri, mask_uri. masks: what names those masks in the fingerprint. classes: what the values
+    of the masks mean. name: the folder to write. The model goes to MLflow where the masks are pseudo masks.
     """
     experiment = context.experiment
     settings = experiment.segmenter
     title = stage.replace("_", " ")
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
-        table = rows()
+        table = write_rows(artifact.folder, "rows.arrow", rows())
         artifact.folder.write_json(
             "segmenter.json",
             {
@@ -191,9 +195,8 @@ def train_on(
     )
 
 
-def _rows_of_tiles(tiles: Manifest, masks: pa.Table, folder: Storage) -> pa.Table:
+def _with_tile_mask(rows: pa.Table, masks: pa.Table, folder: Storage) -> pa.Table:
     """image_id, uri and mask_uri of the tiles of images that have a pseudo mask."""
-    rows = tiles.rows("train", ["image_id", "uri", "parent_id"])
     rows = rows.filter(pc.is_in(rows["parent_id"], value_set=masks["image_id"].combine_chunks()))
     uris = [folder.uri(tile_mask_name(tile_id)) for tile_id in rows["image_id"].to_pylist()]
     return rows.drop_columns(["parent_id"]).append_column("mask_uri", pa.array(uris, pa.string()))
