@@ -28,7 +28,6 @@ import numpy as np
 _Result = TypeVar("_Result")
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-_RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +150,12 @@ def _child(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
 
 
 def peak_bytes() -> int:
-    """The highest resident memory of this process since its start."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT_BYTES
+    """The highest resident memory of this process since its start, shared libraries that it has loaded included."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's getrusage would count what the parent held when it started this process
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _cpu_seconds() -> float:
