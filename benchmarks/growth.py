@@ -14,20 +14,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import exponent, finish, in_child, line, parser, peak_bytes, pin_threads, table
+import numpy as np
+from PIL import Image
 
-pin_threads()
-
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from cluster.progress import Progress  # noqa: E402
-from cluster.runtime import ClusterSettings, start_ray  # noqa: E402
-from cluster.storage import Storage  # noqa: E402
-from cluster.tracking import Tracker  # noqa: E402
-from jobs import pipeline  # noqa: E402
-from jobs.config import parse_experiment  # noqa: E402
-from jobs.context import StageContext  # noqa: E402
+from benchmarks.harness import exponent, finish, in_child, line, parser, peak_bytes, table
+from cluster.progress import Progress
+from cluster.runtime import ClusterSettings, start_ray
+from cluster.storage import Storage
+from cluster.tracking import Tracker
+from jobs import pipeline
+from jobs.config import parse_experiment
+from jobs.context import StageContext
 
 NUM_IMAGES, QUICK_IMAGES = 64, 8
 FACTORS, QUICK_FACTORS = (1, 2, 4, 8), (1, 2)

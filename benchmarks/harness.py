@@ -1,4 +1,4 @@
-"""The one way that benchmarks measure: sides that take turns, CPU time and wall time, pinned threads, peak memory.
+"""The one way that benchmarks measure: sides that take turns, CPU time and wall time, one thread, peak memory.
 
 A side is a function without arguments. `interleave` runs the sides A/B/A/B after a warm-up of each; a ratio is the
 median over the pairs, and both raw medians stand beside it. CPU time is that of this process and of the children that
@@ -26,8 +26,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 _Result = TypeVar("_Result")
-
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +61,6 @@ class Comparison:
             }
             for name, samples in self.samples.items()
         }
-
-
-def pin_threads() -> None:
-    """One thread for every library that is loaded later; call it before importing them, it is inherited by children."""
-    for name in _THREAD_VARIABLES:
-        os.environ[name] = "1"
 
 
 @contextlib.contextmanager

@@ -14,25 +14,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import exponent, finish, in_child, parser, peak_bytes, pin_threads, table
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-pin_threads()
-
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-
-from cluster.progress import Progress  # noqa: E402
-from cluster.storage import Storage  # noqa: E402
-from cluster.streams import ShardSummary  # noqa: E402
-from cluster.training_rows import RowFile, write_rows  # noqa: E402
-from jobs import prepare  # noqa: E402
-from jobs.importers import TableSource, open_source  # noqa: E402
-from jobs.joins import one_row_an_image, with_column  # noqa: E402
-from jobs.manifest import Manifest, ShardEntry  # noqa: E402
-from jobs.prepare import PrepareSettings  # noqa: E402
-from subcat_core import schemas  # noqa: E402
-from subcat_core.classes import ClassTable  # noqa: E402
+from benchmarks.harness import exponent, finish, in_child, parser, peak_bytes, table
+from cluster.progress import Progress
+from cluster.storage import Storage
+from cluster.streams import ShardSummary
+from cluster.training_rows import RowFile, write_rows
+from jobs import prepare
+from jobs.importers import TableSource, open_source
+from jobs.joins import one_row_an_image, with_column
+from jobs.manifest import Manifest, ShardEntry
+from jobs.prepare import PrepareSettings
+from subcat_core import schemas
+from subcat_core.classes import ClassTable
 
 CLASSES = tuple(f"class{index:02d}" for index in range(20))
 SIZES, QUICK_SIZES = (100_000, 1_000_000), (5_000, 20_000)

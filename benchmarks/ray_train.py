@@ -19,20 +19,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import finish, parser, pin_threads, table
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
 
-pin_threads()
-
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-
-from cluster.runtime import ClusterSettings, start_ray  # noqa: E402
-from cluster.storage import Storage  # noqa: E402
-from cluster.trainee import OptimiserSettings, TrainComputeSettings, TrainContext, TrainJob  # noqa: E402
-from cluster.training import train  # noqa: E402
-from cluster.training_loop import run_worker  # noqa: E402
+from benchmarks.harness import finish, parser, table
+from cluster.runtime import ClusterSettings, start_ray
+from cluster.storage import Storage
+from cluster.trainee import OptimiserSettings, TrainComputeSettings, TrainContext, TrainJob
+from cluster.training import train
+from cluster.training_loop import run_worker
 
 SIDES = ("Ray Train", "torchrun")
 NUM_RANKS, BATCH_SIZE, SIDE_PX, NUM_ROWS = 2, 16, 64, 64

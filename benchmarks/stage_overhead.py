@@ -12,16 +12,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import Comparison, finish, interleave, parser, pin_threads, table
+import numpy as np
+import pyarrow as pa
 
-pin_threads()
-
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-
-from cluster.runtime import ClusterSettings, start_ray  # noqa: E402
-from cluster.storage import Storage  # noqa: E402
-from cluster.streams import ShardOutput, StreamSettings, map_shards  # noqa: E402
+from benchmarks.harness import Comparison, finish, interleave, parser, table
+from cluster.runtime import ClusterSettings, start_ray
+from cluster.storage import Storage
+from cluster.streams import ShardOutput, StreamSettings, map_shards
 
 NUM_SHARDS, ROWS_PER_SHARD, TURNS = 10, 16, 5
 MIN_RATE_RATIO, MAX_FIXED_S = 0.90, 8.0

@@ -22,6 +22,7 @@ from cluster.s3_requests import S3_SCHEME, call_s3
 
 __all__ = ["MissingFileError", "Storage", "StorageError", "read_uri"]
 
+_PART_BYTES = 50 * 2**20  # of an upload: what has two or more of them goes in parts
 _READ_TIMEOUT_S = 60.0  # without a byte from the server
 
 
@@ -32,10 +33,10 @@ class _S3Objects:
         return call_s3(_s3_filesystem(), "read", path, lambda fs: fs.cat_file(path))
 
     def write_bytes(self, path: str, data: bytes) -> None:
-        call_s3(_s3_filesystem(), "write", path, lambda fs: fs.pipe_file(path, data))
+        call_s3(_s3_filesystem(), "write", path, lambda fs: fs.pipe_file(path, data, chunksize=_PART_BYTES))
 
     def write_file(self, path: str, local: Path) -> None:
-        call_s3(_s3_filesystem(), "write", path, lambda fs: fs.put_file(str(local), path))
+        call_s3(_s3_filesystem(), "write", path, lambda fs: fs.put_file(str(local), path, chunksize=_PART_BYTES))
 
     @contextlib.contextmanager
     def fetch(self, path: str) -> Iterator[Path]:
