@@ -124,7 +124,7 @@ def main() -> None:
     if not images:
         raise SystemExit(f"no .jpg in {arguments.photos}")
     if arguments.quick:
-        images = [image[:120, :160] for image in images[:1]]
+        images = [np.ascontiguousarray(image[:120, :160]) for image in images[:1]]
     peer = None
     try:
         peer = importlib.import_module("pydensecrf.densecrf")

@@ -53,8 +53,9 @@ class BatchPlan:
     def epoch_order(self, epoch: int) -> np.ndarray:
         """(steps, batch_size) int64: row numbers of all ranks together."""
         order = np.random.default_rng([self.rng_seed, epoch]).permutation(self.num_rows)
-        steps = self.steps_per_epoch
-        return np.resize(order, steps * self.batch_size).reshape(steps, self.batch_size)
+        steps, count = self.steps_per_epoch, self.steps_per_epoch * self.batch_size
+        order = order[:count] if count <= len(order) else np.resize(order, count)  # np.resize copies: 8 bytes an image
+        return order.reshape(steps, self.batch_size)
 
     def batches(self, rank: int, world_size: int, epochs: Iterable[int]) -> Iterator[BatchKey]:
         """This rank's batches of the epochs, in order, made as they are asked for."""
