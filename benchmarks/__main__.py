@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("crf", "kmeans", "manifest", "growth", "stage_overhead", "time_model", "ray_train")
+BENCHMARKS = ("crf", "kmeans", "image_steps", "manifest", "growth", "stage_overhead", "time_model", "ray_train")
 WITHOUT_QUICK = ("kmeans",)
 # Peers that `pip install .[dev]` does not bring: benchmark -> (module, package, how to get it).
 EXTRA_PEERS = {"crf": ("pydensecrf", "pydensecrf2", "make peers (a C++ compiler, Python 3.11 or 3.12)")}

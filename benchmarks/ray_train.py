@@ -32,7 +32,7 @@ from cluster.training import train
 from cluster.training_loop import run_worker
 
 SIDES = ("Ray Train", "torchrun")
-NUM_RANKS, BATCH_SIZE, SIDE_PX, NUM_ROWS = 2, 16, 64, 64
+NUM_RANKS, BATCH_SIZE, SIDE_PX, NUM_ROWS = 2, 16, 64, 4096
 STEPS, QUICK_STEPS, WARM_STEPS, TURNS = 40, 8, 3, 5
 MAX_RATIO = 1.05
 _POLL_S = 0.02
@@ -98,7 +98,9 @@ def wait_for(path: Path) -> None:
 
 def make_job(side: str, folder: str, steps: int, turns: int) -> TrainJob:
     """The same training for both sides: one more step than the turns take, which ends the last of them."""
-    rows = pa.table({"image_id": [f"{n}" for n in range(NUM_ROWS)], "uri": ["/none"] * NUM_ROWS, "number": range(64)})
+    rows = pa.table(
+        {"image_id": [f"{n}" for n in range(NUM_ROWS)], "uri": ["/none"] * NUM_ROWS, "number": range(NUM_ROWS)}
+    )
     optimiser = OptimiserSettings(
         max_steps=steps * turns + 1, batch_size=BATCH_SIZE, learning_rate=0.01, precision="fp32", keep_checkpoints=1
     )

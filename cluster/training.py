@@ -80,8 +80,9 @@ def train(
             run_worker(job, TrainContext(0, 1, device, monitor.handle, compute.threads_per_worker))
     else:
         _train_on_ray(job, monitor)
-    for file in (each for each in (rows, val_rows) if isinstance(each, RowFile)):
-        file.delete()
+    for file in (rows, val_rows):
+        if isinstance(file, RowFile):
+            file.delete()
     result = folder.read_json("result.json")
     return TrainResult(**{field.name: result[field.name] for field in dataclasses.fields(TrainResult)})
 
@@ -90,8 +91,7 @@ def _check(job: TrainJob) -> None:
     if job.rows.num_rows == 0:
         raise ValueError("there is no image to train on; check the split, and that its images have labels")
     for table in (job.rows, job.rows if job.val_rows is None else job.val_rows):
-        missing = {"image_id", "uri"} - set(table.column_names)
-        if missing:
+        if missing := {"image_id", "uri"} - set(table.column_names):
             raise ValueError(f"the rows have no column {', '.join(sorted(missing))}; give image_id and uri")
     num_workers, batch_size = job.compute.num_workers, job.optimiser.batch_size
     if num_workers and batch_size % num_workers:
@@ -234,9 +234,8 @@ def _trainer(job: TrainJob, mailbox: Any, scratch: str) -> Any:
 
     settings: Any = ray.train  # its stubs still show the classes of Ray Train V1
     compute = job.compute
-    resources = {"CPU": compute.cpus_per_worker}
-    if compute.gpus_per_worker:
-        resources["GPU"] = compute.gpus_per_worker
+    gpus = {"GPU": compute.gpus_per_worker} if compute.gpus_per_worker else {}
+    resources = {"CPU": compute.cpus_per_worker, **gpus}
     return TorchTrainer(
         _ray_worker,
         train_loop_config={"job": ray.put(job), "mailbox": mailbox},  # rows go through the object store, once a node
