@@ -189,7 +189,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def finish(name: str, numbers: Mapping[str, Any], shown: str, failures: Sequence[str], path: Path | None) -> None:
     """Print the table and write the JSON; exit with 1 where a limit is not kept."""
     print(shown)
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
     if path is not None:
         path.write_text(json.dumps({"benchmark": name, "machine": machine, **numbers}, indent=2) + "\n")
     if failures:
