@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ from cluster.artifacts import Artifact
 from cluster.storage import Storage, StorageError, read_uri
 from cluster.tracking import ChildRun
 from cluster.training import OptimiserSettings, TrainComputeSettings, train
+from cluster.training_rows import write_rows
 from jobs.context import StageContext, complete, training_stats, warn_of_loss
 from jobs.manifest import Manifest
 from jobs.training_masks import pseudo_mask_rows
@@ -163,7 +164,7 @@ def run(
 def train_on(
     context: StageContext,
     manifest: Manifest,
-    rows: Callable[[], pa.Table],
+    rows: Callable[[], Iterable[pa.Table]],
     *,
     masks: dict[str, Any],
     classes: ClassTable,
@@ -173,15 +174,16 @@ def train_on(
 ) -> Artifact:
     """Train the segmenter of the settings on some masks.
 
-    rows: image_id, uri, mask_uri. masks: what names those masks in the fingerprint. classes: what their values mean.
-    name: the folder to write. The model of the run's own folder, and no other, goes to MLflow.
+    rows: tables of image_id, uri, mask_uri (and confidence_uri). masks: what names those masks in the fingerprint.
+    classes: what their values mean. name: the folder to write. The model of the run's own folder, and no other, goes to
+    MLflow.
     """
     experiment = context.experiment
     settings = experiment.segmenter
     title = stage.replace("_", " ")
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
-        table = rows()
+        table = write_rows(artifact.folder, "rows.arrow", rows())
         artifact.folder.write_json(
             "segmenter.json",
             {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,22 +51,25 @@ def tile_confidence_name(tile_id: str) -> str:
     return f"tile_confidence/{tile_id}.png"
 
 
-def pseudo_mask_rows(manifest: Manifest, pseudo_masks: Artifact, tiles: Manifest | None = None) -> pa.Table:
+def pseudo_mask_rows(manifest: Manifest, pseudo_masks: Artifact, tiles: Manifest | None = None) -> Iterator[pa.Table]:
     """image_id, uri, mask_uri and confidence_uri (whether such a file was written or not) of the images that have a
-    pseudo mask, or of the tiles of these images.
+    pseudo mask, or of the tiles of these images, by shard.
     """
     folder = pseudo_masks.folder
-    names = manifest.shard_names("train")
-    masks = pa.concat_tables([folder.read_table(f"{name}.parquet", ["image_id", "mask_uri"]) for name in names])
-    if tiles is None:
-        rows = with_column(manifest.rows("train", ["image_id", "uri"]), masks, "mask_uri")
-        return _with_uris(rows, "confidence_uri", folder, confidence_name)
-    return tile_mask_rows(tiles, masks, folder)
+
+    def with_mask(name: str, rows: pa.Table) -> pa.Table:
+        masks = folder.read_table(f"{name}.parquet", ["image_id", "mask_uri"])
+        if tiles is not None:
+            return tile_mask_rows(rows, masks, folder)
+        return _with_uris(with_column(rows, masks, "mask_uri"), "confidence_uri", folder, confidence_name)
+
+    if tiles is not None:  # its shards have the names of the manifest's
+        return tiles.joined("train", ["image_id", "uri", "parent_id"], with_mask)
+    return manifest.joined("train", ["image_id", "uri"], with_mask)
 
 
-def tile_mask_rows(tiles: Manifest, masks: pa.Table, folder: Storage) -> pa.Table:
-    """The same of the tiles of the images in `masks`, whose stage's folder is given."""
-    rows = tiles.rows("train", ["image_id", "uri", "parent_id"])
+def tile_mask_rows(rows: pa.Table, masks: pa.Table, folder: Storage) -> pa.Table:
+    """The same of those rows of tiles (image_id, uri, parent_id) whose image is in `masks`; folder: of their stage."""
     rows = rows.filter(pc.is_in(rows["parent_id"], value_set=masks["image_id"].combine_chunks()))
     rows = _with_uris(rows.drop_columns(["parent_id"]), "mask_uri", folder, tile_mask_name)
     return _with_uris(rows, "confidence_uri", folder, tile_confidence_name)

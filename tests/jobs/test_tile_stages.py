@@ -200,7 +200,7 @@ def _parents(tiles: Manifest, name: str) -> list[str]:
 def test_masks_of_tiles_are_cut_out_of_those_of_images(made: Any) -> None:
     _, _, tiles, _, masks = made
     table = pa.table({"image_id": ["train_1", "train_3"]})
-    rows = tile_mask_rows(tiles, table, masks.folder).to_pylist()
+    rows = tile_mask_rows(tiles.rows("train", ["image_id", "uri", "parent_id"]), table, masks.folder).to_pylist()
     assert {row["image_id"].split(".")[0] for row in rows} == {"train_1", "train_3"}
     places = {row["image_id"]: row for row in tiles.rows("train").to_pylist()}
     whole = {image_id: np.array(Image.open(masks.folder.uri(f"png/{image_id}.png"))) for image_id in SIZES
