@@ -61,7 +61,7 @@ def ours(features: np.ndarray, labels: list[list[int]]) -> float:
             features[start:stop],
         )
         blocks[block_id] = FeatureBlock(f"part-{block_id:05d}", rows, len(IMAGES_PER_CLASS))
-    shard = BlockShard(blocks, len(blocks), len(IMAGES_PER_CLASS))
+    shard = BlockShard(blocks, len(IMAGES_PER_CLASS))
     return float(kmeans(shard, KMeansSettings(num_clusters=10)).inertia.sum())
 
 

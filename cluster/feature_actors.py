@@ -26,7 +26,7 @@ from cluster.shard_dispatch import (
 )
 from cluster.storage import Storage, StorageError
 from cluster.streams import StreamSettings
-from subcat_core.kmeans import KMeansResult
+from subcat_core.kmeans import Assignment, KMeansResult
 
 logger = logging.getLogger("subcat")
 
@@ -59,7 +59,7 @@ def with_actors(
                 logger.info("k-means caches %.2f GB of features in %d actors", cache_bytes / 1e9, len(parts))
                 _feed(features, parts, pool)
                 pool.call("finish")
-                result = work(DispatchedShard(pool.call, plan.num_blocks))
+                result = work(DispatchedShard(pool))
                 peak = max(peak_rss_bytes(), *pool.call("peak_rss"))
                 return dataclasses.replace(result, peak_rss_bytes=peak)
         except _DEATHS as error:
@@ -78,13 +78,30 @@ class _ActorPool:
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """The answers of all actors, in order; a ValueError of an actor comes out as it went in."""
+        return _get(self._ask(method, *args))
+
+    def total(self, method: str, *args: Any) -> Assignment:
+        """The sum of all answers, added up by the actors in pairs, then pairs of pairs: one comes to the driver."""
+        answers = self._ask(method, *args)
+        step = 1
+        while step < len(answers):
+            for i in range(0, len(answers) - step, 2 * step):
+                answers[i] = self.actors[i].merged.remote(answers[i], answers[i + step])
+            step *= 2
+        return _get(answers[0])
+
+    def _ask(self, method: str, *args: Any) -> list[Any]:
         shared = [ray.put(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
-        try:
-            return ray.get([actor.ask.remote(method, *shared) for actor in self.actors])
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ValueError | OSError):
-                raise error.cause from None
-            raise
+        return [actor.ask.remote(method, *shared) for actor in self.actors]
+
+
+def _get(answers: Any) -> Any:
+    try:
+        return ray.get(answers)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ValueError | OSError):
+            raise error.cause from None
+        raise
 
 
 @contextlib.contextmanager

@@ -36,15 +36,16 @@ class KMeansSettings(Settings):
     """Rows of a class that the restarts see; also bounds the driver's memory (times D times 4 bytes)."""
     projection_dims: int = Field(default=64, ge=1)
     """Principal components the restarts work in."""
-    stored_dtype: Literal["float32", "float16"] = "float32"
-    """How rows are cached while clustering; float16 halves the memory, sums stay float64."""
+    stored_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """How rows are cached while clustering; the others halve the memory, sums stay float64."""
     search: Literal["faiss", "numba"] = "faiss"
-    """What finds the nearest centroid of a row: faiss (CPU or GPU), or the compiled loop of feature_blocks.py."""
+    """What finds the nearest centroid of a row on a GPU: faiss, or (numba) the compiled loop of lloyd.py, on the CPU.
+    Without a GPU it is always the loop, which takes half the time of faiss there."""
 
 
 @dataclasses.dataclass
 class Sample:
-    """Rows of one class. hashes: (n,) uint64, ascending; features: (n, D) float32."""
+    """Rows of one class. hashes: (n,) uint64, ascending; features: (n, D) float32, or (n, d) on some axes."""
 
     hashes: np.ndarray
     features: np.ndarray
@@ -119,8 +120,11 @@ class FeatureShard(Protocol):
         """D."""
         ...
 
-    def sample(self, class_index: int, max_hash: int, rng_seed: int) -> Sample:
-        """The rows of a class whose hash of (rng_seed, image_id) is at most max_hash (0..2**64-1)."""
+    def sample(self, class_index: int, max_hash: int, rng_seed: int, axes: np.ndarray | None = None) -> Sample:
+        """The rows of a class whose hash of (rng_seed, image_id) is at most max_hash (0..2**64-1).
+
+        axes: (d, D) float32; with them, the rows times the axes are handed out, and not the rows.
+        """
         ...
 
     def assign(self, centroids: np.ndarray, classes: np.ndarray) -> Assignment:
