@@ -17,7 +17,6 @@ import ray.data
 from cluster.runtime import peak_rss_bytes
 from cluster.shard_dispatch import (
     FEATURE_COLUMNS,
-    DispatchedShard,
     ShardFile,
     ShardPlan,
     Work,
@@ -45,7 +44,7 @@ def with_actors(
     *,
     attempts: int,
 ) -> KMeansResult:
-    """Run `work` over a dispatcher of one actor for each part; from the start again, up to `attempts`, when one dies.
+    """Run `work` over one actor for each part; with new actors again, up to `attempts` times, when one dies.
 
     holder_class: what an actor runs, as feature_shards.FaissShard. Errors of the rows come out as ValueError, those of
     their files as StorageError.
@@ -59,16 +58,16 @@ def with_actors(
                 logger.info("k-means caches %.2f GB of features in %d actors", cache_bytes / 1e9, len(parts))
                 _feed(features, parts, pool)
                 pool.call("finish")
-                result = work(DispatchedShard(pool))
+                result = work(pool)
                 peak = max(peak_rss_bytes(), *pool.call("peak_rss"))
                 return dataclasses.replace(result, peak_rss_bytes=peak)
         except _DEATHS as error:
             if attempt == attempts:
                 raise RuntimeError(
                     f"an actor that holds feature rows died {attempts} times ({str(error).splitlines()[0]}); "
-                    "most often memory ran out: use kmeans.stored_dtype = 'float16', or more nodes and actors"
+                    "most often memory ran out: use kmeans.cache_bytes, kmeans.stored_dtype = 'float16', or more nodes"
                 ) from error
-            logger.warning("an actor that holds feature rows died; k-means starts again")
+            logger.warning("an actor that holds feature rows died; k-means goes on after its last pass")
     raise AssertionError("attempts is at least 1")
 
 

@@ -21,11 +21,13 @@ import pyarrow as pa
 import ray
 
 from cluster.feature_actors import with_actors
+from cluster.kmeans_progress import StoredProgress, progress_key
 from cluster.runtime import peak_rss_bytes
 from cluster.shard_dispatch import (
     FEATURE_COLUMNS,
     Description,
     DispatchedShard,
+    Holders,
     Reservation,
     ShardFile,
     ShardPlan,
@@ -37,12 +39,15 @@ from cluster.storage import Storage
 from cluster.streams import StreamSettings
 from subcat_core.block_shard import BlockShard, check_dimensions
 from subcat_core.feature_blocks import FeatureBlock, ImageRows
-from subcat_core.kmeans import Assignment, KMeansResult, KMeansSettings, OnPass, kmeans
+from subcat_core.kmeans import Assignment, KMeansResult, OnPass, kmeans
+from subcat_core.kmeans_settings import KMeansSettings
+from subcat_core.seeding import component_axes
 
 logger = logging.getLogger("subcat")
 
 _FOOTER_THREADS = 16
 _ATTEMPTS = 2
+_MAX_NAMED_ROWS = 5
 
 
 class FaissSearch:
@@ -74,6 +79,7 @@ class FaissShard:
         self._plan = plan
         self._pieces: dict[str, list[ImageRows]] = {}
         self._blocks: dict[int, FeatureBlock] = {}
+        self._cached_bytes = 0
         self._error: ValueError | None = None
         self._shard: BlockShard | None = None
 
@@ -81,6 +87,8 @@ class FaissShard:
         """What the cache will take of which node's memory."""
         item_bytes = 4 if self._plan.settings.stored_dtype == "float32" else 2
         cache_bytes = sum(file.num_rows * file.dimension for file in self._files.values()) * item_bytes
+        if self._plan.settings.cache_bytes is not None:
+            cache_bytes = min(cache_bytes, self._plan.settings.cache_bytes)
         node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else "this machine"
         return Reservation(node_id, len(self._files), cache_bytes, psutil.virtual_memory().available)
 
@@ -116,9 +124,17 @@ class FaissShard:
             rows = rows.taken(np.sort(first))
         settings = self._plan.settings
         try:
-            self._blocks[file.block_id] = FeatureBlock(file.name, rows, self._plan.num_classes, settings.stored_dtype)
+            block = FeatureBlock(
+                file.name, rows, self._plan.num_classes, settings.stored_dtype, spherical=settings.spherical
+            )
         except ValueError as error:
             self._error = error
+        else:
+            self._cached_bytes += block.features.nbytes
+            if settings.cache_bytes is not None and self._cached_bytes > settings.cache_bytes:
+                self._cached_bytes -= block.features.nbytes
+                block.spill()
+            self._blocks[file.block_id] = block
         self._pieces.pop(file.name, None)
 
     def _why_not_whole(self, file: ShardFile) -> ValueError | None:
@@ -145,6 +161,10 @@ class FaissShard:
         assert self._shard is not None, "finish() comes before questions"
         return self._shard
 
+    def bad_rows(self) -> list[tuple[str, str]]:
+        """(shard file, image_id) of the rows that were left out, as not finite."""
+        return [(block.name, image_id) for _, block in sorted(self._blocks.items()) for image_id in block.bad_image_ids]
+
     def merged(self, first: Assignment, second: Assignment) -> Assignment:
         """The sum of two holders' answers: so that a tree of actors adds them up."""
         return first.merged(second)
@@ -152,7 +172,7 @@ class FaissShard:
     def ask(self, method: str, *args: Any) -> Any:
         """Any question of a FeatureShard, and of this class, by name: the one door that an actor opens."""
         own: dict[str, Any] = {"describe": self.describe, "reserve": self.reserve, "finish": self.finish}
-        own["peak_rss"] = peak_rss_bytes
+        own |= {"peak_rss": peak_rss_bytes, "bad_rows": self.bad_rows}
         return own[method]() if method in own else getattr(self.shard, method)(*args)
 
 
@@ -198,21 +218,34 @@ def cluster_features(
     stream: StreamSettings,
     rng_seed: int = 0,
     on_pass: OnPass | None = None,
+    num_clusters: np.ndarray | None = None,
 ) -> KMeansResult:
     """Cluster the features of the named shards inside each parent class, and write their sub-category tables.
 
     features: folder of part-XXXXX.parquet of schemas.features. output: folder of tables of the same names, schema
     SUBCATEGORIES, rows by rising image_id. The result, and every table, has the same bits for any num_actors (0 works
     in this process, without Ray) and any order of shard_names; a GPU, or another kind of CPU, may differ in last bits.
-    Calling it again writes the same again. ValueError names the shard file for bad features, StorageError bad files.
+    Calling it again writes the same again; where an actor or the driver was lost, it goes on after the last whole pass.
+    Rows that are not finite are left out, logged, and named in the result (at most stream.max_bad_frac of all rows);
+    ValueError names the shard file for other bad rows, StorageError bad files. num_clusters: see kmeans.
     """
     files = list_files(features, shard_names)
     plan = ShardPlan(num_classes, settings, use_gpu=stream.gpus_per_actor > 0)
 
-    def work(shard: DispatchedShard) -> KMeansResult:
-        result = kmeans(shard, settings, rng_seed=rng_seed, on_pass=on_pass)
+    def work(holders: Holders) -> KMeansResult:
+        bad_rows = [row for rows in holders.call("bad_rows") for row in rows]
+        _check_bad_rows(bad_rows, sum(file.num_rows for file in files), stream.max_bad_frac)
+        shard = DispatchedShard(holders)
+        if settings.pca_dims is not None:
+            shard.turn(component_axes(shard, settings.pca_dims, settings.whiten, rng_seed))
+        key = progress_key(shard, settings, rng_seed, num_clusters)
+        progress = StoredProgress(output, key)
+        result = kmeans(
+            shard, settings, rng_seed=rng_seed, on_pass=on_pass, num_clusters=num_clusters, checkpoint=progress
+        )
         shard.write_labels(TableWriter(output))
-        return result
+        progress.delete()
+        return dataclasses.replace(result, bad_rows=bad_rows)
 
     if stream.num_actors > 0:
         parts = split_files(files, stream.num_actors)
@@ -223,8 +256,18 @@ def cluster_features(
         table = features.read_table(f"{file.name}.parquet", columns=FEATURE_COLUMNS)
         holder.add(file.name, image_rows(file.name, table))
     holder.finish()
-    result = work(DispatchedShard(LocalHolders([holder])))
+    result = work(LocalHolders([holder]))
     return dataclasses.replace(result, peak_rss_bytes=peak_rss_bytes())
+
+
+def _check_bad_rows(bad_rows: Sequence[tuple[str, str]], num_rows: int, max_bad_frac: float) -> None:
+    if not bad_rows:
+        return
+    named = ", ".join(f"{name}: image_id {image_id!r}" for name, image_id in bad_rows[:_MAX_NAMED_ROWS])
+    found = f"{len(bad_rows)} of {num_rows} features hold NaN or infinity ({named})"
+    if len(bad_rows) > max_bad_frac * num_rows:
+        raise ValueError(f"{found}, expected at most stream.max_bad_frac = {max_bad_frac}; extract those shards again")
+    logger.warning("%s; they are left out", found)
 
 
 def list_files(features: Storage, shard_names: Sequence[str]) -> list[ShardFile]:

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from subcat_core.block_shard import check_dimensions, merge_samples
 from subcat_core.feature_blocks import ImageRows
-from subcat_core.kmeans import Assignment, FarRows, KMeansResult, KMeansSettings, Sample, TableSink
+from subcat_core.kmeans import Assignment, FarRows, KMeansResult, Sample, TableSink
+from subcat_core.kmeans_settings import KMeansSettings
 from subcat_core.lloyd import Grid
 
 FEATURE_COLUMNS = ["image_id", "labels", "feature"]
@@ -70,7 +71,7 @@ def check_memory(reservations: Sequence[Reservation]) -> None:
             raise ValueError(
                 f"k-means needs {cache_bytes / 1e9:.1f} GB on one node ({node_id}) to cache "
                 f"{sum(reservation.num_files for reservation in here)} feature shards, and {free_bytes / 1e9:.1f} GB "
-                "are free there; use kmeans.stored_dtype = 'float16', or more nodes and actors"
+                "are free there; use kmeans.cache_bytes or kmeans.stored_dtype = 'float16', or more nodes and actors"
             )
 
 
@@ -92,14 +93,23 @@ class DispatchedShard:
     def __init__(self, holders: Holders) -> None:
         """Raises ValueError, naming two shard files, when the holders' rows have different dimensions."""
         self._holders = holders
-        descriptions = [found for found in holders.call("describe") if found.dimension]
-        check_dimensions({found.dimension: found.name for found in descriptions})
-        self._dimension = descriptions[0].dimension
-        self._counts = np.sum([found.counts for found in descriptions], axis=0)
-        max_norm = max(found.max_norm for found in descriptions)
-        holders.call("use_grid", Grid(max_norm, int(self._counts.max(initial=0))))
+        self._describe()
         self.pass_bytes = 0
         """Bytes that came here in the last pass: independent of the number of rows, and of holders."""
+
+    def _describe(self) -> None:
+        holders = self._holders
+        descriptions = holders.call("describe")
+        check_dimensions({found.dimension: found.name for found in descriptions})
+        self._dimension = descriptions[0].dimension if descriptions else 0
+        self._counts = np.sum([found.counts for found in descriptions], axis=0)
+        max_norm = max((found.max_norm for found in descriptions), default=0.0)
+        holders.call("use_grid", Grid(max_norm, int(self._counts.max(initial=0))))
+
+    def turn(self, axes: np.ndarray) -> None:
+        """Go on with the rows times axes (d, D) float32; before the first pass."""
+        self._holders.call("turn", axes)
+        self._describe()
 
     @property
     def counts(self) -> np.ndarray:
@@ -125,7 +135,7 @@ class DispatchedShard:
         self._holders.call("write_labels", sink)
 
 
-Work = Callable[[DispatchedShard], KMeansResult]
+Work = Callable[[Holders], KMeansResult]
 
 
 def feature_dimension(name: str, schema: pa.Schema) -> int:

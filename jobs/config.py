@@ -30,7 +30,7 @@ from jobs.train_classifier import ClassifierSettings
 from jobs.train_segmenter import SegmenterStageSettings
 from jobs.train_supervised import SupervisedSettings
 from subcat_core.backbones import check_output_stride
-from subcat_core.kmeans import KMeansSettings
+from subcat_core.kmeans_settings import KMeansSettings
 from subcat_core.settings import Settings
 
 # The sections a round may override, as [round.2] classifier.optimiser.epochs = 12
@@ -122,6 +122,11 @@ class Experiment(Settings):
             raise ValueError("segmenter.model.backbone.output_stride = 32: too coarse for masks; use 8 or 16")
         if self.affinity is not None:
             self._affinity_fits()
+        if self.classifier.subcategory_targets == "soft" and (self.kmeans.spherical or self.kmeans.pca_dims):
+            raise ValueError(
+                'classifier.subcategory_targets = "soft" with kmeans.spherical or kmeans.pca_dims: soft targets are '
+                "distances between features as they are and the centroids; leave one of the two out"
+            )
         if self.cams.output_stride is not None:
             check_output_stride(self.classifier.backbone.name, self.cams.output_stride, "cams.output_stride")
         return self

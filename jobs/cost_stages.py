@@ -31,7 +31,7 @@ from subcat_core.views import view_sizes
 if TYPE_CHECKING:
     from jobs.config import Experiment
 
-_VALUE_BYTES = {"float16": 2, "float32": 4}
+_VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _PREDICT_MAX_PX = 2048  # of segmenter.predict_mask
 
 

@@ -31,18 +31,25 @@ class BlockShard:
         self._num_classes = num_classes
         self._nearest = nearest
         self._num_threads = num_threads
-        dimensions = {block.dimension: block.name for block in self._blocks}
-        check_dimensions(dimensions)
-        self._dimension = next(iter(dimensions), 0)
-        norms = [float(block.norms.max()) for block in self._blocks if len(block.norms)]
-        self.max_norm = max(norms, default=0.0)
-        self._grid = Grid(self.max_norm, int(self.counts.max(initial=0)))
+        check_dimensions({block.dimension: block.name for block in self._blocks})
         self._running: Assignment | None = None
         """Sums of all classes by the clusters that rows are in now; a pass brings them up to date for its classes."""
+        self._grid = Grid(self.max_norm, int(self.counts.max(initial=0)))
+
+    @property
+    def max_norm(self) -> float:
+        """Of the longest row."""
+        return max((float(block.norms.max(initial=0)) for block in self._blocks), default=0.0)
 
     def use_grid(self, grid: Grid) -> None:
         """Add up on the grid of all holders' rows, where these blocks are a part of the data set."""
         self._grid = grid
+
+    def turn(self, axes: np.ndarray) -> None:
+        """Go on with the rows times axes (d, D) float32; before the first pass."""
+        for block in self._blocks:
+            block.turn(axes)
+        self._grid = Grid(self.max_norm, int(self.counts.max(initial=0)))
 
     @property
     def counts(self) -> np.ndarray:
@@ -50,7 +57,7 @@ class BlockShard:
 
     @property
     def dimension(self) -> int:
-        return self._dimension
+        return self._blocks[0].dimension if self._blocks else 0
 
     @property
     def name(self) -> str:
@@ -58,7 +65,7 @@ class BlockShard:
         return next((block.name for block in self._blocks), "no shard")
 
     def sample(self, class_index: int, max_hash: int, rng_seed: int, axes: np.ndarray | None = None) -> Sample:
-        width = self._dimension if axes is None else len(axes)
+        width = self.dimension if axes is None else len(axes)
         nothing = Sample(np.empty(0, np.uint64), np.empty((0, width), np.float32))
         return merge_samples(
             [nothing, *(block.sample(class_index, max_hash, rng_seed, axes) for block in self._blocks)]
@@ -85,7 +92,7 @@ class BlockShard:
 
     def _running_sums(self, num_clusters: int) -> Assignment:
         if self._running is None or self._running.counts.shape[1] != num_clusters:
-            self._running = Assignment.zeros(self._num_classes, num_clusters, self._dimension)
+            self._running = Assignment.zeros(self._num_classes, num_clusters, self.dimension)
             for block in self._blocks:
                 block.clusters[:] = -1
         return self._running
@@ -109,7 +116,7 @@ class BlockShard:
         return inertia, num_changed
 
     def farthest(self, class_index: int, num_rows: int) -> FarRows:
-        nothing = FarRows(np.empty(0, np.float32), [], np.empty((0, self._dimension), np.float32))
+        nothing = FarRows(np.empty(0, np.float32), [], np.empty((0, self.dimension), np.float32))
         parts = [block.farthest(class_index, num_rows) for block in self._blocks]
         return FarRows.merged([nothing, *parts], num_rows)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -94,13 +95,14 @@ class FeatureBlock:
         self.image_ids = rows.image_ids
         self.label_counts = rows.label_counts
         _check_labels(name, rows, num_classes)
+        self._stored_dtype = stored_dtype
         features, self.norms = rows.features, norms[finite]
         if spherical:
-            features = features / np.maximum(self.norms, np.finfo(np.float32).tiny)[:, None]
-        self.features = _stored(name, self.image_ids, features, stored_dtype)
-        if self.features.dtype != rows.features.dtype or spherical:
-            tiles = self._tiles(np.arange(len(order)), gathered=True)
-            self.norms = np.concatenate([np.empty(0, np.float32), *(_norms(tile) for _, tile, _ in tiles)])
+            self._keep(features / np.maximum(self.norms, np.finfo(np.float32).tiny)[:, None])
+        elif features.dtype == stored_dtype:
+            self.features = np.ascontiguousarray(features)
+        else:
+            self._keep(features)
         image_of_pair = np.repeat(np.arange(len(rows.image_ids)), rows.label_counts)
         self.by_class = np.argsort(rows.label_values, kind="stable")
         self.pair_rows = image_of_pair[self.by_class]
@@ -114,6 +116,28 @@ class FeatureBlock:
     @property
     def dimension(self) -> int:
         return int(self.features.shape[1])
+
+    def turn(self, axes: np.ndarray) -> None:
+        """Keep the rows times axes (d, D) float32 from here on, and not the rows."""
+        points = np.empty((len(self.image_ids), len(axes)), np.float32)
+        for part, features, places in self._tiles(np.arange(len(points))):
+            lloyd.project(features, places, axes, points[part])
+        self._keep(points)
+
+    def spill(self) -> None:
+        """Move the rows to a nameless file in the temporary folder, mapped into memory; it ends with the process."""
+        if self.features.nbytes:
+            with tempfile.TemporaryFile() as file:
+                file.write(self.features.data)
+                file.flush()
+                mapped = np.memmap(file, self.features.dtype, "r+", shape=self.features.shape)
+            self.features = np.asarray(mapped)
+
+    def _keep(self, features: np.ndarray) -> None:
+        """Cache features (n, D) as `stored_dtype`, with the norms of what is cached."""
+        self.features = _stored(self.name, self.image_ids, features, self._stored_dtype)
+        tiles = self._tiles(np.arange(len(features)), gathered=True)
+        self.norms = np.concatenate([np.empty(0, np.float32), *(_norms(tile) for _, tile, _ in tiles)])
 
     @property
     def counts(self) -> np.ndarray:

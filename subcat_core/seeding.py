@@ -15,7 +15,8 @@ import numpy as np
 from subcat_core.restarts import best_start
 
 if TYPE_CHECKING:
-    from subcat_core.kmeans import FeatureShard, KMeansSettings
+    from subcat_core.kmeans import FeatureShard
+    from subcat_core.kmeans_settings import KMeansSettings
 
 _EXACT_ROWS = 192  # below this an exact decomposition costs less than the randomised one
 _OVERSAMPLING = 16
@@ -55,10 +56,30 @@ def shared_axes(shard: FeatureShard, num_axes: int, rng_seed: int) -> tuple[np.n
 
     The axes are those of the scatter inside the classes: what lies between classes tells no clusters of one apart.
     """
+    if shard.dimension <= num_axes:
+        return np.zeros((len(shard.counts), shard.dimension), np.float32), None
+    centred, means = _centred_sample(shard, rng_seed)
+    rng = np.random.default_rng([rng_seed, len(shard.counts)])
+    return means, np.ascontiguousarray(principal_axes(centred, num_axes, rng).T)
+
+
+def component_axes(shard: FeatureShard, num_axes: int, whiten: bool, rng_seed: int) -> np.ndarray:
+    """(d, D) float32: the principal axes inside the classes, scaled to variance 1 with `whiten`; d <= num_axes.
+
+    Found from the same sample as the axes of the start: no pass over the rows.
+    """
+    centred, _ = _centred_sample(shard, rng_seed)
+    axes = principal_axes(centred, num_axes, np.random.default_rng([rng_seed, len(shard.counts)])).T
+    if whiten:
+        deviations = np.sqrt(np.square(centred @ axes.T).mean(axis=0, dtype=np.float64))
+        axes = axes / np.maximum(deviations, deviations.max() * 1e-6)[:, None]
+    return np.ascontiguousarray(axes, np.float32)
+
+
+def _centred_sample(shard: FeatureShard, rng_seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """((n, D) float32 a few rows of each class, less their class's mean; (C, D) float32 those means)."""
     counts = shard.counts
     means = np.zeros((len(counts), shard.dimension), np.float32)
-    if shard.dimension <= num_axes:
-        return means, None
     present = np.flatnonzero(counts).tolist()
     max_rows = max(_MIN_AXIS_ROWS, _AXIS_ROWS // max(1, len(present)))
     centred = [np.empty((0, shard.dimension), np.float32)]
@@ -67,8 +88,7 @@ def shared_axes(shard: FeatureShard, num_axes: int, rng_seed: int) -> tuple[np.n
         features = rows.features[:max_rows]
         means[class_index] = features.mean(axis=0, dtype=np.float64)
         centred.append(features - means[class_index])
-    rng = np.random.default_rng([rng_seed, len(counts)])
-    return means, np.ascontiguousarray(principal_axes(np.concatenate(centred), num_axes, rng).T)
+    return np.concatenate(centred), means
 
 
 def sample_threshold(num_rows: int, max_rows: int) -> int:

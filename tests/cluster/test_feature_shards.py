@@ -18,8 +18,10 @@ from cluster.shard_dispatch import DispatchedShard, ShardFile, ShardPlan, check_
 from cluster.storage import MissingFileError, Storage, StorageError
 from cluster.streams import StreamSettings
 from subcat_core import schemas
-from subcat_core.kmeans import KMeansResult, KMeansSettings, kmeans
+from subcat_core.kmeans import KMeansResult, kmeans
+from subcat_core.kmeans_settings import KMeansSettings
 from subcat_core.numpy_shard import NumpyShard
+from subcat_core.seeding import component_axes
 from tests.subcat_core.shards import block_shard, image_ids, labels_of, power_law, rows_of, separated
 
 SETTINGS = KMeansSettings(num_clusters=4, sample_rows_per_class=256)
@@ -156,6 +158,81 @@ def test_rows_stored_as_float16(tmp_path: Path, rng: np.random.Generator, dtype:
     exact = kmeans(NumpyShard(image_ids(200), labels, features.astype(np.float16), 3), settings)
     np.testing.assert_array_equal(result.counts, exact.counts)
     np.testing.assert_allclose(result.inertia, exact.inertia, rtol=1e-6)
+
+
+@pytest.mark.parametrize("stored_dtype", ["float32", "bfloat16"])
+def test_rows_beyond_the_budget_lie_in_a_file_and_nothing_else_changes(
+    tmp_path: Path, rng: np.random.Generator, stored_dtype: str
+) -> None:
+    storage = Storage(str(tmp_path / "features"))
+    names = write_features(storage, *mixed(120, 8, rng), 30)
+    prints = set()
+    for cache_bytes in (None, 1000, 1):
+        settings = SETTINGS.model_copy(update={"stored_dtype": stored_dtype, "cache_bytes": cache_bytes})
+        output = Storage(str(tmp_path / str(cache_bytes)))
+        result = cluster_features(storage, names, output, num_classes=3, settings=settings, stream=LOCAL)
+        prints.add(fingerprint(result, output, names))
+    assert len(prints) == 1
+    files = list_files(storage, names)
+    holder = FaissShard(files, ShardPlan(3, SETTINGS.model_copy(update={"cache_bytes": 1000})))
+    assert holder.reserve().cache_bytes == 1000
+    for file in files:
+        holder.add(file.name, image_rows(file.name, storage.read_table(f"{file.name}.parquet")))
+    mapped = [isinstance(block.features.base, np.memmap) for _, block in sorted(holder._blocks.items())]
+    assert mapped == [False, True, True, True]
+
+
+def test_a_lost_driver_goes_on_after_its_last_pass(tmp_path: Path, rng: np.random.Generator) -> None:
+    storage = Storage(str(tmp_path / "features"))
+    names = write_features(storage, *mixed(1500, 24, rng), 400)
+
+    def cluster(output: Storage, stop_after: int | None = None, rng_seed: int = 0) -> tuple[KMeansResult, list[int]]:
+        seen: list[int] = []
+
+        def on_pass(pass_index: int, *_: float) -> None:
+            seen.append(pass_index)
+            if pass_index == stop_after:
+                raise KeyboardInterrupt
+
+        arguments = {"settings": SETTINGS, "stream": LOCAL, "on_pass": on_pass, "rng_seed": rng_seed}
+        return cluster_features(storage, names, output, num_classes=3, **arguments), seen  # type: ignore[arg-type]
+
+    whole, broken = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "broken"))
+    expected, passes = cluster(whole)
+    with pytest.raises(KeyboardInterrupt):
+        cluster(broken, stop_after=2)
+    assert broken.exists("kmeans-progress.npz")
+    result, resumed = cluster(broken)
+    assert resumed == passes[2:]  # pass 2 had not been saved
+    assert fingerprint(result, broken, names) == fingerprint(expected, whole, names)
+    with pytest.raises(KeyboardInterrupt):
+        cluster(broken, stop_after=2)
+    assert cluster(broken, rng_seed=1)[1][0] == 0  # the state of other settings is not taken up
+    with pytest.raises(KeyboardInterrupt):
+        cluster(broken, stop_after=2)
+    broken.write_bytes("kmeans-progress.npz", broken.read_bytes("kmeans-progress.npz")[:-100])
+    assert cluster(broken)[1] == passes
+
+
+def test_components_are_clustered_the_same_by_any_number_of_holders(tmp_path: Path, rng: np.random.Generator) -> None:
+    storage = Storage(str(tmp_path / "features"))
+    labels, features = mixed(400, 24, rng)
+    features[:, 0] += rng.standard_normal(400).astype(np.float32) * 30  # one direction drowns the others
+    names = write_features(storage, labels, features, 60)
+    found = {}
+    for whiten in (False, True):
+        settings = KMeansSettings(num_clusters=4, pca_dims=6, whiten=whiten)
+        output = storage.child(f"out-{whiten}")
+        result = cluster_features(storage, names, output, num_classes=3, settings=settings, stream=LOCAL)
+        assert result.centroids.shape == (3, 4, 6)
+        files = list_files(storage, names)
+        shard = holders(storage, names, 3, 3)
+        shard.turn(component_axes(shard, 6, whiten, 0))
+        assert kmeans(shard, settings).centroids.tobytes() == result.centroids.tobytes()
+        spread = np.nanstd(result.centroids, axis=(0, 1))
+        found[whiten] = spread.max() / np.sort(spread)[-2]
+        assert len(files) == 7
+    assert found[False] > 3 * found[True]
 
 
 def test_writing_twice_writes_the_same(tmp_path: Path, rng: np.random.Generator) -> None:

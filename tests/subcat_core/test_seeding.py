@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from subcat_core.kmeans import KMeansSettings
+from subcat_core.kmeans_settings import KMeansSettings
 from subcat_core.numpy_shard import NumpyShard
 from subcat_core.seeding import principal_axes, sample_threshold, seed_centroids, shared_axes
 from tests.subcat_core.shards import block_shard, image_ids, power_law
