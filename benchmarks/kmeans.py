@@ -119,7 +119,12 @@ class Sides:
         for members in self.members:
             rows = self.features[members]
             run = faiss.Kmeans(
-                rows.shape[1], NUM_CLUSTERS, niter=25, nredo=10, seed=1, max_points_per_centroid=len(rows),
+                rows.shape[1],
+                NUM_CLUSTERS,
+                niter=25,
+                nredo=10,
+                seed=1,
+                max_points_per_centroid=len(rows),
                 init_method=getattr(faiss, "ClusteringInitMethod_KMEANS_PLUS_PLUS", 0),
             )
             run.train(rows)
@@ -214,7 +219,7 @@ def main() -> None:
     parser.add_argument("--labels", type=Path, nargs=2, metavar=("LABELS.CSV", "LIST.TXT"))
     parser.add_argument("--features", type=Path, help="features (10582, D) float32 as .npy, instead of synthetic ones")
     parser.add_argument("--quick", action="store_true", help="only ours, one start, and the single pass")
-    parser.add_argument("--rows", type=int, default=80_000_000, help="rows of the last table; 0 leaves it out")
+    parser.add_argument("--rows", type=int, default=40_000_000, help="rows of the last table; 0 leaves it out")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)

@@ -25,7 +25,8 @@ from cluster.shard_dispatch import (
 )
 from cluster.storage import Storage, StorageError
 from cluster.streams import StreamSettings
-from subcat_core.kmeans import Assignment, KMeansResult
+from subcat_core.kmeans import Assignment
+from subcat_core.kmeans_result import KMeansResult
 
 logger = logging.getLogger("subcat")
 
@@ -98,8 +99,11 @@ def _get(answers: Any) -> Any:
     try:
         return ray.get(answers)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ValueError | OSError):
-            raise error.cause from None
+        cause: Any = error
+        while isinstance(cause, ray.exceptions.RayTaskError):  # an answer that was to be added may have failed
+            cause = cause.cause
+        if isinstance(cause, (ValueError, OSError, *_DEATHS)):
+            raise cause from None
         raise
 
 

@@ -39,7 +39,8 @@ from cluster.storage import Storage
 from cluster.streams import StreamSettings
 from subcat_core.block_shard import BlockShard, check_dimensions
 from subcat_core.feature_blocks import FeatureBlock, ImageRows
-from subcat_core.kmeans import Assignment, KMeansResult, OnPass, kmeans
+from subcat_core.kmeans import Assignment, OnPass, kmeans
+from subcat_core.kmeans_result import KMeansResult
 from subcat_core.kmeans_settings import KMeansSettings
 from subcat_core.seeding import component_axes
 

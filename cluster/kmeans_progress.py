@@ -46,7 +46,7 @@ class StoredProgress:
                 if str(arrays["key"]) != self.key:
                     return None
                 return KMeansState(**{field.name: arrays[field.name] for field in dataclasses.fields(KMeansState)})
-        except (ValueError, KeyError, zipfile.BadZipFile):
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
     def save(self, state: KMeansState) -> None:

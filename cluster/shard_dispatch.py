@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from subcat_core.block_shard import check_dimensions, merge_samples
 from subcat_core.feature_blocks import ImageRows
-from subcat_core.kmeans import Assignment, FarRows, KMeansResult, Sample, TableSink
+from subcat_core.kmeans import Assignment, FarRows, Sample, TableSink
+from subcat_core.kmeans_result import KMeansResult
 from subcat_core.kmeans_settings import KMeansSettings
 from subcat_core.lloyd import Grid
 

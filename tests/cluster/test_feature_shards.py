@@ -18,7 +18,8 @@ from cluster.shard_dispatch import DispatchedShard, ShardFile, ShardPlan, check_
 from cluster.storage import MissingFileError, Storage, StorageError
 from cluster.streams import StreamSettings
 from subcat_core import schemas
-from subcat_core.kmeans import KMeansResult, kmeans
+from subcat_core.kmeans import kmeans
+from subcat_core.kmeans_result import KMeansResult
 from subcat_core.kmeans_settings import KMeansSettings
 from subcat_core.numpy_shard import NumpyShard
 from subcat_core.seeding import component_axes
