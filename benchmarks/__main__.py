@@ -11,15 +11,12 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = ("crf", "kmeans", "image_steps", "manifest", "growth", "stage_overhead", "time_model", "ray_train")
-WITHOUT_QUICK = ("kmeans",)
 # Peers that `pip install .[dev]` does not bring: benchmark -> (module, package, how to get it).
 EXTRA_PEERS = {"crf": ("pydensecrf", "pydensecrf2", "make peers (a C++ compiler, Python 3.11 or 3.12)")}
 
 
-def why_not(benchmark: str, quick: bool = False) -> str | None:
+def why_not(benchmark: str) -> str | None:
     """Why a benchmark cannot be run here, and what to do; None where it can."""
-    if quick and benchmark in WITHOUT_QUICK:
-        return "not run: it has no quick size"
     if benchmark not in EXTRA_PEERS:
         return None
     module, package, remedy = EXTRA_PEERS[benchmark]
@@ -41,7 +38,7 @@ def main() -> None:
     failed = []
     for name in arguments.names or BENCHMARKS:
         print(f"== {name}", flush=True)
-        reason = why_not(name, arguments.quick)
+        reason = why_not(name)
         if reason is not None:
             print(reason, flush=True)
             continue

@@ -87,11 +87,11 @@ def compare(peer: ModuleType | None, num_labels: int, images: list[np.ndarray], 
     return row
 
 
-def failures(rows: list[dict[str, Any]]) -> list[str]:
-    """Which limits are not kept."""
+def failures(rows: list[dict[str, Any]], *, quick: bool) -> list[str]:
+    """Which limits are not kept; quick: those of time are not looked at."""
     texts = []
     for row in (row for row in rows if "ratio" in row):
-        if row["ratio"] > MAX_TIME_RATIO[row["num_labels"]]:
+        if row["ratio"] > MAX_TIME_RATIO[row["num_labels"]] and not quick:
             texts.append(f"L = {row['num_labels']}: ratio {row['ratio']:.2f} above {MAX_TIME_RATIO[row['num_labels']]}")
         if row["agreement"] < MIN_AGREEMENT or row["max_difference"] > MAX_DIFFERENCE:
             texts.append(f"L = {row['num_labels']}: agreement {row['agreement']}, difference {row['max_difference']}")
@@ -136,7 +136,8 @@ def main() -> None:
     compare(peer, 3, images[:1], 1)  # compiles
     rows = [compare(peer, num_labels, images, 2 if arguments.quick else arguments.turns) for num_labels in NUM_LABELS]
     title = f"dense CRF: {len(images)} photos, 10 steps, one thread; medians"
-    finish("crf", {"num_photos": len(images), "rows": rows}, f"{title}\n{show(rows)}", failures(rows), arguments.json)
+    missed = failures(rows, quick=arguments.quick)
+    finish("crf", {"num_photos": len(images), "rows": rows}, f"{title}\n{show(rows)}", missed, arguments.json)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from jobs.train_classifier import ClassifierSettings
 from jobs.train_segmenter import SegmenterStageSettings
 from jobs.train_supervised import SupervisedSettings
 from subcat_core.backbones import check_output_stride
-from subcat_core.kmeans import KMeansSettings
+from subcat_core.kmeans_settings import KMeansSettings
 from subcat_core.settings import Settings
 
 # The sections a round may override, as [round.2] classifier.optimiser.epochs = 12
@@ -135,6 +135,11 @@ class Experiment(Settings):
             raise ValueError(
                 '[self_training] with prepare.tiles.segmenter_sees = "tiles": its masks are of whole images; '
                 'give "images", or leave [self_training] out'
+            )
+        if self.classifier.subcategory_targets == "soft" and (self.kmeans.spherical or self.kmeans.pca_dims):
+            raise ValueError(
+                'classifier.subcategory_targets = "soft" with kmeans.spherical or kmeans.pca_dims: soft targets are '
+                "distances between features as they are and the centroids; leave one of the two out"
             )
         if self.cams.output_stride is not None:
             check_output_stride(self.classifier.backbone.name, self.cams.output_stride, "cams.output_stride")

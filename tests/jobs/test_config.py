@@ -126,6 +126,11 @@ def test_what_would_fail_after_hours_fails_at_once() -> None:
         parse_experiment(_with(classifier={"optimiser": {"batch_size": 15}, "compute": {"num_workers": 2}}))
     with pytest.raises(ConfigError, match=r"segmenter\.compute\.input = ray: needs"):
         parse_experiment(_with(segmenter={"compute": {"input": "ray"}}))
+    for kmeans in ({"spherical": True}, {"pca_dims": 8}):
+        with pytest.raises(
+            ConfigError, match=r"subcategory_targets = .soft. with kmeans\.spherical or kmeans\.pca_dims"
+        ):
+            parse_experiment(_with(classifier={"subcategory_targets": "soft"}, kmeans=kmeans))
     with pytest.raises(ConfigError, match="too coarse for masks"):
         parse_experiment(_with(segmenter={"model": {"backbone": {"output_stride": 32}}}))
     with pytest.raises(ConfigError, match=r"predict\.scales"):
