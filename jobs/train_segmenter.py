@@ -52,10 +52,11 @@ class SegmenterStageSettings(Settings):
     """Architecture and training of the segmenter."""
 
     model: SegmenterSettings = SegmenterSettings()
-    loss: Literal["cross_entropy", "confidence", "soft_bootstrap"] = "cross_entropy"
+    loss: Literal["cross_entropy", "confidence", "soft_bootstrap", "easy_pixels"] = "cross_entropy"
     """confidence: each pixel counts by the probability of its class in the pseudo mask, which
     pseudo_masks.write_confidence keeps; full masks are sure. soft_bootstrap: for masks that may be wrong, the target is
-    mixed with the network's own answer."""
+    mixed with the network's own answer. easy_pixels: of each image those count most that the network already believes
+    (OEEM)."""
     bootstrap_beta: float = Field(default=0.8, gt=0, lt=1)
     """Share of the mask in the target of soft_bootstrap; Reed et al. took 0.95."""
     boundary_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -104,7 +105,7 @@ class SegmenterTrainee:
         logits = model(batch["image"], settings.train_scales)
         beta = self.settings.bootstrap_beta if self.settings.loss == "soft_bootstrap" else 1.0
         options: dict[str, Any] = {"loss_at": settings.loss_at, "bootstrap_beta": beta}
-        options["confidence"] = batch.get("confidence")
+        options |= {"confidence": batch.get("confidence"), "easy_pixels": self.settings.loss == "easy_pixels"}
         loss = multi_scale_loss(logits, batch["mask"], batch["weight"], **options)
         if not self.settings.boundary_weight:
             return loss, {"loss": loss.detach()}

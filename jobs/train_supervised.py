@@ -92,7 +92,7 @@ def train(
         return full_mask_tiles(tiles, pseudo_masks, tile_masks)
 
     segmenter = context.experiment.segmenter
-    if segmenter.loss == "confidence":  # full masks are sure
+    if segmenter.loss != "cross_entropy":  # the others are for masks that may be wrong
         sure = segmenter.model_copy(update={"loss": "cross_entropy"})
         context = dataclasses.replace(context, experiment=context.experiment.model_copy(update={"segmenter": sure}))
     return train_on(

@@ -53,6 +53,18 @@ def soft_bootstrap(cross_entropy: torch.Tensor, logits: torch.Tensor, beta: floa
     return beta * cross_entropy + (1 - beta) * entropy
 
 
+def easy_pixel_weights(terms: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Online easy example mining (OEEM, Li et al. 2022): pixels of an image weigh softmax(-loss) over the image's mean.
+
+    terms: (N, ...) float32, the loss of each pixel; valid: (N, ...) float32, 0 for those left out. Returns (N, ...)
+    without gradient, 0 where left out; over the valid pixels of an image they are 1 on average, so a wrong label that
+    the network does not believe counts little and the step stays as long.
+    """
+    scores = torch.where(valid > 0, -terms.detach(), -torch.inf).flatten(1)
+    shares = scores.softmax(dim=1).nan_to_num(0.0)  # an image without valid pixels
+    return (shares * (valid > 0).flatten(1).sum(dim=1, keepdim=True)).view_as(terms)
+
+
 def guess_loss(positives: np.ndarray, num_samples: int) -> float:
     """`multilabel_soft_margin` of the best answer that is the same for all samples: how frequent each class is.
 

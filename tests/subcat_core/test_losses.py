@@ -15,7 +15,14 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from subcat_core.classes import IGNORE
-from subcat_core.losses import global_mean, guess_loss, joint_loss, multilabel_soft_margin, soft_bootstrap
+from subcat_core.losses import (
+    easy_pixel_weights,
+    global_mean,
+    guess_loss,
+    joint_loss,
+    multilabel_soft_margin,
+    soft_bootstrap,
+)
 from subcat_core.segmenter import segmentation_loss
 
 
@@ -170,3 +177,31 @@ def test_soft_bootstrap_agrees_with_a_plain_loop_and_is_no_smaller_step() -> Non
     [gradient] = torch.autograd.grad(loss, logits)
     [plain] = torch.autograd.grad(segmentation_loss(logits, torch.from_numpy(masks)), logits)
     assert (gradient - 0.8 * plain).abs().max() > 0.05 * plain.abs().max()
+
+
+def test_easy_pixel_weights_by_hand() -> None:
+    """exp(-loss) of 1, 1/2 and 1/2, the last one left out: 2 * (2/3, 1/3); an image of padding counts nothing."""
+    terms = torch.tensor([[[0.0, math.log(2), math.log(2)]], [[1.0, 2.0, 3.0]]], requires_grad=True)
+    valid = torch.tensor([[[1.0, 1.0, 0.0]], [[0.0, 0.0, 0.0]]])
+    weights = easy_pixel_weights(terms, valid)
+    torch.testing.assert_close(weights, torch.tensor([[[4 / 3, 2 / 3, 0.0]], [[0.0, 0.0, 0.0]]]))
+    assert not weights.requires_grad
+
+
+def test_easy_pixels_in_the_segmenters_loss_agree_with_a_plain_loop() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64).float()
+    masks = torch.randint(0, 3, (2, 4, 5), generator=generator).to(torch.uint8)
+    masks[0, 0, :3] = 255
+    total, count = 0.0, 0
+    for image in range(2):
+        losses = [
+            -math.log(math.exp(logits[image, int(label), y, x]) / sum(math.exp(v) for v in logits[image, :, y, x]))
+            for (y, x), label in np.ndenumerate(masks[image].numpy())
+            if label != 255
+        ]
+        easy = [math.exp(-loss) for loss in losses]
+        total += sum(loss * len(losses) * e / sum(easy) for loss, e in zip(losses, easy, strict=True))
+        count += len(losses)
+    found = segmentation_loss(logits, masks, easy_pixels=True)
+    assert found.item() == pytest.approx(total / count, rel=1e-5)
