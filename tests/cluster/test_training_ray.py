@@ -88,7 +88,7 @@ def test_more_workers_than_the_cluster_holds_are_refused(tmp_path: Path) -> None
     with pytest.raises(
         ValueError,
         match=r"^head.compute: 8 workers ask for 1 CPU and 0 GPUs each, and Ray Data's tasks 1 CPU; each must fit "
-        r"on one node, and there is room for 7 \(nodes: 1 of 8 CPUs and 0 GPUs\); lower head.compute.num_workers, cpus_per_worker or",
+        r"on one node, and there is room for 7 \(nodes: 1 of 8 CPUs and 0 GPUs\); lower head.compute.num_workers, ",
     ):
         run_training(tmp_path, compute=compute, section="head.compute")
 
