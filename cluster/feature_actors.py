@@ -14,6 +14,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from cluster.placement import NodeSize, node_sizes, wait_for_room
 from cluster.runtime import peak_rss_bytes
 from cluster.shard_dispatch import (
     FEATURE_COLUMNS,
@@ -24,7 +25,7 @@ from cluster.shard_dispatch import (
     image_rows,
 )
 from cluster.storage import Storage, StorageError
-from cluster.streams import StreamSettings
+from cluster.streams import StreamSettings, room_for_actors
 from subcat_core.kmeans import Assignment
 from subcat_core.kmeans_result import KMeansResult
 
@@ -111,8 +112,9 @@ def _get(answers: Any) -> Any:
 def _actor_pool(
     holder_class: type, parts: Sequence[Sequence[ShardFile]], plan: ShardPlan, stream: StreamSettings
 ) -> Iterator[_ActorPool]:
-    num_cpus = _cpus_per_actor(len(parts), stream)
+    num_cpus = _cpus_per_actor(len(parts), stream, node_sizes())
     plan = dataclasses.replace(plan, num_threads=max(1, int(num_cpus)))
+    wait_for_room(room_for_actors("cluster_features", len(parts), num_cpus, stream.gpus_per_actor))
     actor_class: Any = ray.remote(holder_class).options(num_cpus=num_cpus, num_gpus=stream.gpus_per_actor)
     actors: list[Any] = [actor_class.remote(list(files), plan) for files in parts]
     try:
@@ -122,13 +124,16 @@ def _actor_pool(
             ray.kill(actor)
 
 
-def _cpus_per_actor(num_actors: int, stream: StreamSettings) -> float:
-    """What the setting says, or less where the actors would leave no CPU to the tasks that read."""
-    total = ray.cluster_resources().get("CPU", 1.0)
-    fair = max(0.0, (total - _READING_CPUS) / num_actors)
-    if stream.cpus_per_actor <= fair:
+def _cpus_per_actor(num_actors: int, stream: StreamSettings, nodes: Sequence[NodeSize]) -> float:
+    """What the setting says, or less where the actors would leave no CPU to the tasks that read, or fit on no node."""
+    total = sum(node.cpus for node in nodes)
+    if total == 0:  # an autoscaler's cluster before its first machine
         return stream.cpus_per_actor
-    return int(fair * 100) / 100 if fair < 1 else float(int(fair))
+    fair = max(0.0, (total - _READING_CPUS) / num_actors)
+    for num_cpus in (stream.cpus_per_actor, *map(float, range(int(min(fair, stream.cpus_per_actor)), 0, -1))):
+        if room_for_actors("k-means", num_actors, num_cpus, 0.0).num_that_fit(nodes) == num_actors:
+            return num_cpus
+    return int(min(fair, stream.cpus_per_actor, 0.99) * 100) / 100
 
 
 _FEED_ERRORS: dict[str, Callable[[str], Exception]] = {

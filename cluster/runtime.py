@@ -17,6 +17,7 @@ from pathlib import Path
 import ray
 from pydantic import Field
 
+from cluster.placement import WAIT_S, waiting_for_nodes
 from cluster.storage import Storage
 from subcat_core.settings import Settings
 
@@ -48,6 +49,9 @@ class ClusterSettings(Settings):
     """Shared memory of a local cluster; None: Ray's own choice."""
     shared_folder: bool = False
     """Every node mounts the output folder (NFS or the like), so a local path will do on several nodes."""
+    wait_for_resources_s: float = Field(default=WAIT_S, ge=0)
+    """How long a stage waits for nodes that hold its actors or workers before it ends with an error, on a cluster that
+    is joined. While an autoscaler says that machines are coming the time does not run."""
     threads_per_worker: int = Field(default=1, ge=1)
     """OpenMP, BLAS and numba threads of one worker process."""
 
@@ -72,7 +76,8 @@ def start_ray(settings: ClusterSettings, *, verbose: bool = False) -> Iterator[N
         _init(settings, None if local else address, variables, verbose)
         _configure_data(verbose)
     try:
-        yield
+        with waiting_for_nodes(0.0 if local else settings.wait_for_resources_s):  # a local cluster gets no more nodes
+            yield
     finally:
         ray.shutdown()
 
@@ -88,8 +93,8 @@ def worker_environment(num_threads: int = 1) -> dict[str, str]:
     """Environment variables of worker processes.
 
     First-touch memory is slow on virtual machines, so glibc keeps what it has got (docs/performance.md); oneDNN keeps
-    kernels for few image sizes, or a stream of many sizes grows; PYTHONPATH names this clone, so that workers import it
-    wherever the driver was started.
+    kernels for few image sizes, or a stream of many sizes grows; an actor that has booked no GPU sees none; PYTHONPATH
+    names this clone, so that workers import it wherever the driver was started.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -98,6 +103,7 @@ def worker_environment(num_threads: int = 1) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": "8589934592",
         "MALLOC_TOP_PAD_": "268435456",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
         **{name: str(num_threads) for name in threads},
         "PYTHONPATH": path,
     }

@@ -18,8 +18,9 @@ import ray
 from pydantic import Field
 
 from cluster.image_reading import BadRow, iter_images
+from cluster.placement import Ask, Gpus, wait_for_room
 from cluster.progress import StageBar
-from cluster.runtime import available_resources, peak_rss_bytes
+from cluster.runtime import peak_rss_bytes
 from cluster.storage import Storage, StorageError
 from subcat_core.settings import Settings
 
@@ -39,8 +40,8 @@ class StreamSettings(Settings):
     """Actors, each with its own copy of the model; 0 runs in this process, without Ray."""
     cpus_per_actor: float = Field(default=1.0, gt=0)
     """Logical CPUs that one actor holds."""
-    gpus_per_actor: float = Field(default=0.0, ge=0)
-    """GPUs, or a share of one, that one actor holds."""
+    gpus_per_actor: Gpus = Field(default=0.0, ge=0)
+    """GPUs, or a share of one, that one actor holds; with 0 it sees none."""
     max_bad_frac: float = Field(default=0.02, ge=0, le=1)
     """Share of the images that may be unreadable before the stage fails."""
 
@@ -226,7 +227,7 @@ def _run_span(
     task: functools.partial[ShardTask], shards: Sequence[str], settings: StreamSettings, stage: str
 ) -> Generator[ShardSummary]:
     num_actors = min(settings.num_actors, len(shards))
-    _check_room(num_actors, settings, stage)
+    wait_for_room(room_for_actors(stage, num_actors, settings.cpus_per_actor, settings.gpus_per_actor))
     from ray.data import ActorPoolStrategy, from_items
 
     dataset = from_items([{"name": name} for name in shards], override_num_blocks=len(shards)).map_batches(
@@ -261,17 +262,10 @@ def _unpack(row: Mapping[str, Any]) -> ShardSummary:
     return ShardSummary.from_json(json.loads(row["summary"]))
 
 
-def _check_room(num_actors: int, settings: StreamSettings, stage: str) -> None:
-    """ValueError where the actors can never fit on the one node there is: Ray would wait for ever."""
-    have = available_resources()
-    need = {"num_cpus": num_actors * settings.cpus_per_actor, "num_gpus": num_actors * settings.gpus_per_actor}
-    # One CPU stays free for the tasks of Ray Data; a cluster of several nodes may still grow.
-    if have["num_nodes"] <= 1 and (need["num_cpus"] + 1 > have["num_cpus"] or need["num_gpus"] > have["num_gpus"]):
-        raise ValueError(
-            f"{stage}: {num_actors} actors need {need['num_cpus']:g} CPUs and {need['num_gpus']:g} GPUs, and the "
-            f"cluster has {have['num_cpus']:g} (one stays free) and {have['num_gpus']:g}; lower stream.num_actors, "
-            "cpus_per_actor or gpus_per_actor"
-        )
+def room_for_actors(stage: str, num_actors: int, cpus: float, gpus: float) -> Ask:
+    """What the actors of a stage ask; one CPU stays free, for the tasks of Ray Data."""
+    remedy = "lower stream.num_actors, cpus_per_actor or gpus_per_actor"
+    return Ask(stage, "actors", num_actors, cpus, gpus, remedy, spare_cpu=True)
 
 
 def _check_bad(summaries: Iterable[ShardSummary], max_bad_frac: float, output: Storage, stage: str) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from pydantic import Field, model_validator
 
+from cluster.placement import Gpus
 from cluster.storage import Storage
 from cluster.training_input import BatchPlan
 from cluster.training_rows import RowFile
@@ -55,7 +56,7 @@ class OptimiserSettings(Settings):
     """Updates in all, in place of epochs, which are then not looked at (20,000 in deeplab-pytorch); null counts by
     epochs. The last epoch ends early where they do not fill it."""
     batch_size: int = Field(default=16, ge=1)
-    """Images of one step over all workers together; split evenly, so it must be a multiple of num_workers."""
+    """Images of one step over all workers together: a multiple of num_workers, or with min_workers at least as many."""
     learning_rate: float = Field(default=0.01, gt=0)
     """Of the backbone's weights at step 0; the parameter groups multiply it by their lr_factor."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -111,9 +112,13 @@ class TrainComputeSettings(Settings):
 
     num_workers: int = Field(default=0, ge=0)
     """Ray Train workers, one rank each; 0 trains in this process, without Ray."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """With it the training starts with as many workers as the cluster has room for, from min_workers to num_workers,
+    and counts again after a loss and every ten minutes. A change goes on from the newest checkpoint. The global batch
+    stays what it is, in slices that differ by at most one image."""
     cpus_per_worker: float = Field(default=1.0, ge=0)
     """Logical CPUs that one Ray worker holds: what Ray books, not how many threads run (see threads_per_worker)."""
-    gpus_per_worker: float = Field(default=0.0, ge=0)
+    gpus_per_worker: Gpus = Field(default=0.0, ge=0)
     """GPUs that one Ray worker holds; 0 trains on the CPU. In this process (num_workers = 0) a GPU is used if there is
     one."""
     max_failures: int = Field(default=3, ge=0)
@@ -124,6 +129,25 @@ class TrainComputeSettings(Settings):
     """Processes (loader) or concurrent Ray tasks (ray) of each worker that read and augment; loader with 0: threads."""
     threads_per_worker: int | None = Field(default=None, ge=1)
     """Torch threads of one worker; null shares the CPUs of a node among its workers."""
+
+    @model_validator(mode="after")
+    def _range_fits(self) -> TrainComputeSettings:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers = {self.min_workers} is more than num_workers = {self.num_workers}; lower it, or raise "
+                "num_workers"
+            )
+        return self
+
+    def batch_problem(self, batch_size: int) -> str | None:
+        """Why a global batch does not split over the workers, and what would; None where it does."""
+        num = self.num_workers
+        if self.min_workers is not None:
+            return f"gives {num} workers less than an image each; take {num} or more" if batch_size < num else None
+        if num and batch_size % num:
+            lower, higher = batch_size - batch_size % num or num, batch_size + -batch_size % num
+            return f"does not divide among {num} workers; take {lower} or {higher}"
+        return None
 
 
 class Trainee(Protocol):
@@ -207,9 +231,9 @@ class TrainResult:
     """The content of result.json.
 
     history: one dict an epoch: epoch, step, loss and the trainee's scalars (means over the epoch), learning_rate,
-    seconds, images_per_s, and validation metrics where there was one. metrics: the last epoch's losses and the last
-    validation. num_images: samples that went through the training. bad_rows: image_id, uri, reason of each bad image.
-    seconds: of the epochs, over all resumed parts. peak_rss_bytes: of the largest worker.
+    seconds, images_per_s, num_workers (ranks), and validation metrics where there was one. metrics: the last epoch's
+    losses and the last validation. num_images: samples that went through the training. bad_rows: image_id, uri, reason
+    of each bad image. seconds: of the epochs, over all resumed parts. peak_rss_bytes: of the largest worker.
     """
 
     history: list[dict[str, float]]

@@ -39,7 +39,8 @@ class BatchPlan:
     """Which rows make which batch: the same global batches for any number of ranks.
 
     Every epoch is a fresh permutation cut into whole batches, its remainder dropped; fewer rows than one batch are
-    repeated to fill it. A rank takes its slice of every global batch, so all ranks run the same number of steps.
+    repeated to fill it. A rank takes its slice of every global batch, so all ranks run the same number of steps; where
+    the batch does not divide, slices differ by one row.
     """
 
     num_rows: int
@@ -59,9 +60,9 @@ class BatchPlan:
 
     def batches(self, rank: int, world_size: int, epochs: Iterable[int]) -> Iterator[BatchKey]:
         """This rank's batches of the epochs, in order, made as they are asked for."""
-        local = self.batch_size // world_size
+        start, stop = (self.batch_size * edge // world_size for edge in (rank, rank + 1))
         for epoch in epochs:
-            for rows in self.epoch_order(epoch)[:, rank * local : (rank + 1) * local]:
+            for rows in self.epoch_order(epoch)[:, start:stop]:
                 yield BatchKey(epoch, rows)
 
 

@@ -110,7 +110,8 @@ class _Worker:
         seconds = time.monotonic() - started
         rate = len(steps) * job.optimiser.batch_size / seconds
         means = {name: total / len(steps) for name, total in window.totals.items()}
-        return {"epoch": epoch, "step": steps.stop, **means, "seconds": seconds, "images_per_s": rate}
+        size = {"num_workers": self.context.world_size}
+        return {"epoch": epoch, "step": steps.stop, **means, "seconds": seconds, "images_per_s": rate, **size}
 
     def _step(self, step: int, batch: Batch) -> tuple[dict[str, torch.Tensor], float]:
         settings = self.job.optimiser
@@ -187,7 +188,7 @@ class _Worker:
         self.context.post("progress", self.job.length.num_steps, {})
 
     def _result(self, peak: int) -> TrainResult:
-        timing = ("epoch", "step", "learning_rate", "seconds", "images_per_s")
+        timing = ("epoch", "step", "learning_rate", "seconds", "images_per_s", "num_workers")
         validated = [record for record in self.history if self.job.validates_after(int(record["epoch"]))]
         last = {**(validated[-1] if validated else {}), **self.history[-1]}
         num_images = self.job.length.num_steps * self.job.optimiser.batch_size

@@ -116,10 +116,9 @@ class Experiment(Settings):
         for key, part in parts.items():
             if part is None:
                 continue
-            workers, batch_size = part.compute.num_workers, part.optimiser.batch_size
-            if workers and batch_size % workers:
-                raise ValueError(f"{key}.optimiser.batch_size = {batch_size}: does not divide among {workers} workers")
-            if part.compute.input == "ray" and not workers:
+            if problem := part.compute.batch_problem(part.optimiser.batch_size):
+                raise ValueError(f"{key}.optimiser.batch_size = {part.optimiser.batch_size}: {problem}")
+            if part.compute.input == "ray" and not part.compute.num_workers:
                 raise ValueError(f"{key}.compute.input = ray: needs {key}.compute.num_workers of 1 or more")
         stride = self.segmenter.model.backbone.output_stride
         if stride == 32:

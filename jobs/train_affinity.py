@@ -160,6 +160,7 @@ def run(context: StageContext, manifest: Manifest, labels: Artifact) -> Artifact
                 folder=artifact.folder,
                 optimiser=settings.optimiser,
                 compute=settings.compute,
+                section="affinity.compute",
                 rng_seed=experiment.rng_seed,
                 max_bad_frac=experiment.stream.max_bad_frac,
                 bar=bar,

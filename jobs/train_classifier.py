@@ -197,6 +197,7 @@ def run(
                 folder=artifact.folder,
                 optimiser=settings.optimiser,
                 compute=settings.compute,
+                section="classifier.compute",
                 rng_seed=experiment.rng_seed,
                 max_bad_frac=experiment.stream.max_bad_frac,
                 bar=bar,

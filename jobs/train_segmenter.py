@@ -204,6 +204,7 @@ def train_on(
                 folder=artifact.folder,
                 optimiser=settings.optimiser,
                 compute=settings.compute,
+                section="segmenter.compute",
                 rng_seed=experiment.rng_seed,
                 max_bad_frac=experiment.stream.max_bad_frac,
                 bar=bar,

@@ -16,6 +16,7 @@ import ray
 from cluster import feature_actors, feature_shards
 from cluster.feature_actors import _cpus_per_actor
 from cluster.feature_shards import FaissShard, cluster_features
+from cluster.placement import NodeSize
 from cluster.shard_dispatch import ShardFile
 from cluster.storage import Storage, StorageError
 from cluster.streams import StreamSettings
@@ -171,10 +172,34 @@ def test_a_null_names_its_shard(
         )
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_actors_leave_a_cpu_to_the_tasks_that_feed_them() -> None:
-    total = ray.cluster_resources()["CPU"]
-    assert _cpus_per_actor(2, StreamSettings(num_actors=2, cpus_per_actor=1.0)) == 1.0
-    for num_actors in (1, int(total), 3 * int(total)):
-        share = _cpus_per_actor(num_actors, StreamSettings(num_actors=num_actors, cpus_per_actor=total))
-        assert 0 < share * num_actors <= total - 1
+    node = [NodeSize(8.0, 0.0)]
+    assert _cpus_per_actor(2, StreamSettings(num_actors=2, cpus_per_actor=1.0), node) == 1.0
+    for num_actors in (1, 8, 24):
+        share = _cpus_per_actor(num_actors, StreamSettings(num_actors=num_actors, cpus_per_actor=8.0), node)
+        assert 0 < share * num_actors <= 7
+
+
+def test_actors_take_no_more_than_a_node_has() -> None:
+    wide = StreamSettings(num_actors=2, cpus_per_actor=8.0)
+    assert _cpus_per_actor(2, wide, [NodeSize(4.0, 0.0)] * 3) == 4.0
+    assert _cpus_per_actor(2, wide, [NodeSize(4.0, 0.0)] * 2) == 3.0
+    assert _cpus_per_actor(2, wide, [NodeSize(0.0, 0.0)]) == 8.0  # the first machine is still to come
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_gpus_that_no_node_has_are_an_error_and_not_a_wait(tmp_path: Path, rng: np.random.Generator) -> None:
+    features = Storage(str(tmp_path))
+    names = write_features(features, *mixed(50, 8, rng), 41)
+    with pytest.raises(
+        ValueError,
+        match=r"cluster_features: 1 actor asks for 1 CPU and 0\.5 GPUs, and Ray Data's tasks 1 CPU; each must",
+    ):
+        cluster_features(
+            features,
+            names,
+            features.child("out"),
+            num_classes=3,
+            settings=SETTINGS,
+            stream=StreamSettings(num_actors=1, gpus_per_actor=0.5),
+        )

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.reading_errors import ReadFailure
 from cluster.storage import StorageError
-from cluster.training import lasting_kind
+from cluster.training_ray import lasting_kind
 
 
 def caused(error: Exception, cause: Exception) -> Exception:

@@ -186,7 +186,11 @@ def test_actors_are_gone_after_a_stage(ray_cluster: None, tmp_path: Path) -> Non
 def test_too_many_actors_is_an_error_and_not_a_wait(ray_cluster: None, tmp_path: Path) -> None:
     root = Storage(str(tmp_path))
     shards = make_manifest(root, num_shards=9, rows=1)
-    with pytest.raises(ValueError, match=r"9 actors need 9 CPUs and 0 GPUs, and the cluster has 8 .*stream.num_actors"):
+    with pytest.raises(
+        ValueError,
+        match=r"9 actors ask for 1 CPU and 0 GPUs each, and Ray Data's tasks 1 CPU; each must fit on one node, and "
+        r"there is room for 7 \(nodes: 1 of 8 CPUs and 0 GPUs\); lower stream.num_actors, cpus_per_actor or gpus",
+    ):
         run(root, shards, StreamSettings(num_actors=9))
 
 

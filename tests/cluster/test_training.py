@@ -15,8 +15,9 @@ import torch
 
 from cluster.runtime import ROOT
 from cluster.storage import Storage, StorageError
-from cluster.training import OptimiserSettings, TrainComputeSettings, TrainResult, lasting_kind, train
+from cluster.training import OptimiserSettings, TrainComputeSettings, TrainResult, train
 from cluster.training_device import choose_precision
+from cluster.training_ray import lasting_kind
 from tests.cluster.tiny_trainee import TinyTrainee, make_rows
 
 OPTIMISER = OptimiserSettings(
@@ -210,7 +211,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_remedy(tmp_path: Path)
 
 
 def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="batch_size 8 cannot be split evenly over 3 workers; take 6 or 9"):
+    with pytest.raises(ValueError, match="batch_size 8: does not divide among 3 workers; take 6 or 9"):
         run_training(tmp_path, compute=TrainComputeSettings(num_workers=3))
     with pytest.raises(ValueError, match='input "ray" needs Ray workers'):
         run_training(tmp_path, compute=TrainComputeSettings(num_workers=0, input="ray"))

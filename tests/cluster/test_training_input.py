@@ -46,11 +46,12 @@ def test_few_rows_are_repeated_to_fill_one_batch() -> None:
     assert sorted(Counter(plan.epoch_order(5).ravel().tolist()).values()) == [2, 3, 3]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
 def test_the_ranks_of_a_step_make_up_the_global_batch(world_size: int) -> None:
     plan = BatchPlan(num_rows=50, batch_size=8, rng_seed=1)
     ranks = [list(plan.batches(rank, world_size, range(1, 3))) for rank in range(world_size)]
     assert {len(keys) for keys in ranks} == {12}
+    assert {len(key.rows) for keys in ranks for key in keys} <= {8 // world_size, -(-8 // world_size)}
     for step, keys in enumerate(zip(*ranks, strict=True)):
         epoch = 1 + step // 6
         assert {key.epoch for key in keys} == {epoch}

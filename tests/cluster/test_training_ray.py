@@ -86,9 +86,29 @@ def test_a_full_disk_reaches_the_caller_at_once(tmp_path: Path) -> None:
 def test_more_workers_than_the_cluster_holds_are_refused(tmp_path: Path) -> None:
     compute = TrainComputeSettings(num_workers=8, input="ray")
     with pytest.raises(
-        ValueError, match="8 workers and one CPU for Ray Data need 9 CPUs and 0 GPUs, the cluster has 8"
+        ValueError,
+        match=r"^head.compute: 8 workers ask for 1 CPU and 0 GPUs each, and Ray Data's tasks 1 CPU; each must fit "
+        r"on one node, and there is room for 7 \(nodes: 1 of 8 CPUs and 0 GPUs\); lower head.compute.num_workers, ",
     ):
-        run_training(tmp_path, compute=compute)
+        run_training(tmp_path, compute=compute, section="head.compute")
+
+
+def test_as_many_workers_as_fit_train_the_same_batches_in_uneven_slices(
+    tmp_path: Path, alone: tuple[Path, Any]
+) -> None:
+    """Up to four workers where three fit: the batches of 8 are cut 2, 3, 3."""
+    folder, expected = alone
+    compute = TrainComputeSettings(num_workers=4, min_workers=1, cpus_per_worker=2.5, threads_per_worker=1)
+    compute = compute.model_copy(update={"num_decode_workers": 0})
+    result = run_training(tmp_path, TinyTrainee(bad_values=(5,)), compute=compute)
+    assert [record["num_workers"] for record in result.history] == [3, 3, 3]
+    assert [record["num_workers"] for record in expected.history] == [1, 1, 1]
+    for ours, theirs in zip(result.history, expected.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert result.bad_rows == expected.bad_rows
+    assert result.metrics["order"] == expected.metrics["order"]
+    before, after = load_model(folder), load_model(tmp_path)
+    assert all(torch.allclose(before[name], after[name], atol=1e-5) for name in before)
 
 
 def _assert_same_history(history: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
