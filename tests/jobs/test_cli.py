@@ -26,7 +26,7 @@ def _toml(folder: Path, table: Path, text: str = "") -> str:
 def test_the_commands_are_frozen() -> None:
     """A new command needs a decision, not a patch."""
     group = typer.main.get_command(cli.app)
-    commands = ["demo", "evaluate", "predict", "prepare", "report", "results", "run", "submission", "validate"]
+    commands = ["demo", "evaluate", "predict", "prepare", "report", "results", "run", "submission", "submit", "validate"]
     assert sorted(group.commands) == commands  # type: ignore[attr-defined]
 
 
