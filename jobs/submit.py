@@ -48,7 +48,7 @@ def submit_command(
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """The job server at a dashboard's address. ValueError for an address of another kind; RuntimeError: none answers."""
+    """The job server at a dashboard's address. ValueError: an address of another kind; RuntimeError: none answers."""
     from ray.job_submission import JobSubmissionClient
 
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
