@@ -29,11 +29,11 @@ demo: $(STAMP) ## tags in, masks, segmenter and report out, on the embedded pict
 test: $(STAMP) ## the test suite (a Ray cluster of two workers and an S3 server inside)
 	$(TEST_ENV) $(BIN)/python -m pytest
 
-check: $(STAMP) ## format, lint, types, import directions
+check: $(STAMP) ## format, lint, types, import directions, the files of infra/
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_imports.py
+	$(BIN)/python -m pytest -q tests/test_imports.py tests/infra
 
 format: $(STAMP) ## rewrite the source in the house format
 	$(BIN)/ruff format .

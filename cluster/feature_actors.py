@@ -17,7 +17,6 @@ import ray.data
 from cluster.runtime import peak_rss_bytes
 from cluster.shard_dispatch import (
     FEATURE_COLUMNS,
-    DispatchedShard,
     ShardFile,
     ShardPlan,
     Work,
@@ -26,7 +25,8 @@ from cluster.shard_dispatch import (
 )
 from cluster.storage import Storage, StorageError
 from cluster.streams import StreamSettings
-from subcat_core.kmeans import KMeansResult
+from subcat_core.kmeans import Assignment
+from subcat_core.kmeans_result import KMeansResult
 
 logger = logging.getLogger("subcat")
 
@@ -45,7 +45,7 @@ def with_actors(
     *,
     attempts: int,
 ) -> KMeansResult:
-    """Run `work` over a dispatcher of one actor for each part; from the start again, up to `attempts`, when one dies.
+    """Run `work` over one actor for each part; with new actors again, up to `attempts` times, when one dies.
 
     holder_class: what an actor runs, as feature_shards.FaissShard. Errors of the rows come out as ValueError, those of
     their files as StorageError.
@@ -59,16 +59,16 @@ def with_actors(
                 logger.info("k-means caches %.2f GB of features in %d actors", cache_bytes / 1e9, len(parts))
                 _feed(features, parts, pool)
                 pool.call("finish")
-                result = work(DispatchedShard(pool.call, plan.num_blocks))
+                result = work(pool)
                 peak = max(peak_rss_bytes(), *pool.call("peak_rss"))
                 return dataclasses.replace(result, peak_rss_bytes=peak)
         except _DEATHS as error:
             if attempt == attempts:
                 raise RuntimeError(
                     f"an actor that holds feature rows died {attempts} times ({str(error).splitlines()[0]}); "
-                    "most often memory ran out: use kmeans.stored_dtype = 'float16', or more nodes and actors"
+                    "most often memory ran out: use kmeans.cache_bytes, kmeans.stored_dtype = 'float16', or more nodes"
                 ) from error
-            logger.warning("an actor that holds feature rows died; k-means starts again")
+            logger.warning("an actor that holds feature rows died; k-means goes on after its last pass")
     raise AssertionError("attempts is at least 1")
 
 
@@ -78,13 +78,33 @@ class _ActorPool:
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """The answers of all actors, in order; a ValueError of an actor comes out as it went in."""
+        return _get(self._ask(method, *args))
+
+    def total(self, method: str, *args: Any) -> Assignment:
+        """The sum of all answers, added up by the actors in pairs, then pairs of pairs: one comes to the driver."""
+        answers = self._ask(method, *args)
+        step = 1
+        while step < len(answers):
+            for i in range(0, len(answers) - step, 2 * step):
+                answers[i] = self.actors[i].merged.remote(answers[i], answers[i + step])
+            step *= 2
+        return _get(answers[0])
+
+    def _ask(self, method: str, *args: Any) -> list[Any]:
         shared = [ray.put(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
-        try:
-            return ray.get([actor.ask.remote(method, *shared) for actor in self.actors])
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ValueError | OSError):
-                raise error.cause from None
-            raise
+        return [actor.ask.remote(method, *shared) for actor in self.actors]
+
+
+def _get(answers: Any) -> Any:
+    try:
+        return ray.get(answers)
+    except ray.exceptions.RayTaskError as error:
+        cause: Any = error
+        while isinstance(cause, ray.exceptions.RayTaskError):  # an answer that was to be added may have failed
+            cause = cause.cause
+        if isinstance(cause, (ValueError, OSError, *_DEATHS)):
+            raise cause from None
+        raise
 
 
 @contextlib.contextmanager

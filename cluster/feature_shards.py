@@ -1,4 +1,4 @@
-"""k-means over feature shard files: faiss finds the nearest centroids, inside Ray actors that Ray Data feeds.
+"""k-means over feature shard files, inside Ray actors that Ray Data feeds; on a GPU faiss finds the nearest centroids.
 
 Each actor owns neighbouring files and caches their rows (N * D * 2 or 4 bytes over all actors: the one thing here that
 grows with the data). Rows go from storage to the actors and never through the driver; a pass returns sums and counts.
@@ -7,6 +7,7 @@ grows with the data). Rows go from storage to the actors and never through the d
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import threading
 from collections.abc import Sequence
@@ -20,10 +21,13 @@ import pyarrow as pa
 import ray
 
 from cluster.feature_actors import with_actors
+from cluster.kmeans_progress import StoredProgress, progress_key
 from cluster.runtime import peak_rss_bytes
 from cluster.shard_dispatch import (
     FEATURE_COLUMNS,
+    Description,
     DispatchedShard,
+    Holders,
     Reservation,
     ShardFile,
     ShardPlan,
@@ -34,34 +38,38 @@ from cluster.shard_dispatch import (
 from cluster.storage import Storage
 from cluster.streams import StreamSettings
 from subcat_core.block_shard import BlockShard, check_dimensions
-from subcat_core.feature_blocks import FeatureBlock, ImageRows, Nearest, nearest_numba
-from subcat_core.kmeans import KMeansResult, KMeansSettings, OnPass, kmeans
+from subcat_core.feature_blocks import FeatureBlock, ImageRows
+from subcat_core.kmeans import Assignment, OnPass, kmeans
+from subcat_core.kmeans_result import KMeansResult
+from subcat_core.kmeans_settings import KMeansSettings
+from subcat_core.seeding import component_axes
 
 logger = logging.getLogger("subcat")
 
 _FOOTER_THREADS = 16
 _ATTEMPTS = 2
+_MAX_NAMED_ROWS = 5
 
 
 class FaissSearch:
-    """Nearest centroids by faiss: on the CPU row by row, on a GPU by matrix products."""
+    """Nearest centroids by faiss on a GPU."""
 
-    def __init__(self, use_gpu: bool = False) -> None:
-        """Turns off, for this process, faiss's BLAS path: its last bits depend on the number of rows and threads."""
-        faiss.cvar.distance_compute_blas_threshold = 2**30
-        self._gpu: Any = None
-        self._gpu_lock = threading.Lock()
-        if use_gpu and getattr(faiss, "get_num_gpus", lambda: 0)() > 0:
-            self._gpu = faiss.StandardGpuResources()
-        elif use_gpu:
-            logger.warning("faiss sees no GPU; k-means goes on on the CPU")
+    def __init__(self) -> None:
+        self._resources = faiss.StandardGpuResources()
+        self._lock = threading.Lock()
 
     def __call__(self, rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-        """(n,) int32: the nearest of centroids (K, D) for rows (n, D), float32; ties go to the lower id on the CPU."""
-        if self._gpu is not None:
-            with self._gpu_lock:  # faiss: one StandardGpuResources serves one thread at a time
-                return faiss.knn_gpu(self._gpu, rows, centroids, 1)[1][:, 0].astype(np.int32)
-        return faiss.knn(rows, centroids, 1)[1][:, 0].astype(np.int32)
+        """(n,) int32: the nearest of centroids (K, D) for rows (n, D), float32."""
+        with self._lock:  # faiss: one StandardGpuResources serves one thread at a time
+            return faiss.knn_gpu(self._resources, rows, centroids, 1)[1][:, 0].astype(np.int32)
+
+
+def gpu_search() -> FaissSearch | None:
+    """faiss on the GPU of this process; None, and a warning, where faiss sees none."""
+    if getattr(faiss, "get_num_gpus", lambda: 0)() > 0:
+        return FaissSearch()
+    logger.warning("faiss sees no GPU; k-means goes on on the CPU")
+    return None
 
 
 class FaissShard:
@@ -72,13 +80,16 @@ class FaissShard:
         self._plan = plan
         self._pieces: dict[str, list[ImageRows]] = {}
         self._blocks: dict[int, FeatureBlock] = {}
+        self._cached_bytes = 0
         self._error: ValueError | None = None
         self._shard: BlockShard | None = None
 
     def reserve(self) -> Reservation:
         """What the cache will take of which node's memory."""
-        item_bytes = np.dtype(self._plan.settings.stored_dtype).itemsize
+        item_bytes = 4 if self._plan.settings.stored_dtype == "float32" else 2
         cache_bytes = sum(file.num_rows * file.dimension for file in self._files.values()) * item_bytes
+        if self._plan.settings.cache_bytes is not None:
+            cache_bytes = min(cache_bytes, self._plan.settings.cache_bytes)
         node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else "this machine"
         return Reservation(node_id, len(self._files), cache_bytes, psutil.virtual_memory().available)
 
@@ -101,8 +112,8 @@ class FaissShard:
         if self._error is not None:
             raise self._error
         plan = self._plan
-        nearest: Nearest = FaissSearch(plan.use_gpu) if plan.settings.search == "faiss" else nearest_numba
-        self._shard = BlockShard(self._blocks, plan.num_blocks, plan.num_classes, nearest, plan.num_threads)
+        nearest = gpu_search() if plan.use_gpu and plan.settings.search == "faiss" else None
+        self._shard = BlockShard(self._blocks, plan.num_classes, nearest, plan.num_threads)
 
     def _try_to_seal(self, file: ShardFile) -> None:
         """Make the block of a file once all its rows are there."""
@@ -114,9 +125,17 @@ class FaissShard:
             rows = rows.taken(np.sort(first))
         settings = self._plan.settings
         try:
-            self._blocks[file.block_id] = FeatureBlock(file.name, rows, self._plan.num_classes, settings.stored_dtype)
+            block = FeatureBlock(
+                file.name, rows, self._plan.num_classes, settings.stored_dtype, spherical=settings.spherical
+            )
         except ValueError as error:
             self._error = error
+        else:
+            self._cached_bytes += block.features.nbytes
+            if settings.cache_bytes is not None and self._cached_bytes > settings.cache_bytes:
+                self._cached_bytes -= block.features.nbytes
+                block.spill()
+            self._blocks[file.block_id] = block
         self._pieces.pop(file.name, None)
 
     def _why_not_whole(self, file: ShardFile) -> ValueError | None:
@@ -135,19 +154,40 @@ class FaissShard:
             "or rows were lost on the way: run the stage again"
         )
 
-    def describe(self) -> tuple[str, int, np.ndarray]:
-        """(a shard file, D, rows of each class)."""
-        return self.shard.name, self.shard.dimension, self.shard.counts
+    def describe(self) -> Description:
+        return Description(self.shard.name, self.shard.dimension, self.shard.counts, self.shard.max_norm)
 
     @property
     def shard(self) -> BlockShard:
         assert self._shard is not None, "finish() comes before questions"
         return self._shard
 
+    def bad_rows(self) -> list[tuple[str, str]]:
+        """(shard file, image_id) of the rows that were left out, as not finite."""
+        return [(block.name, image_id) for _, block in sorted(self._blocks.items()) for image_id in block.bad_image_ids]
+
+    def merged(self, first: Assignment, second: Assignment) -> Assignment:
+        """The sum of two holders' answers: so that a tree of actors adds them up."""
+        return first.merged(second)
+
     def ask(self, method: str, *args: Any) -> Any:
         """Any question of a FeatureShard, and of this class, by name: the one door that an actor opens."""
-        own = {"describe": self.describe, "reserve": self.reserve, "finish": self.finish, "peak_rss": peak_rss_bytes}
+        own: dict[str, Any] = {"describe": self.describe, "reserve": self.reserve, "finish": self.finish}
+        own |= {"peak_rss": peak_rss_bytes, "bad_rows": self.bad_rows}
         return own[method]() if method in own else getattr(self.shard, method)(*args)
+
+
+@dataclasses.dataclass
+class LocalHolders:
+    """Holders of this process."""
+
+    holders: Sequence[FaissShard]
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        return [holder.ask(method, *args) for holder in self.holders]
+
+    def total(self, method: str, *args: Any) -> Assignment:
+        return functools.reduce(Assignment.merged, self.call(method, *args))
 
 
 def _joined(pieces: Sequence[ImageRows], dimension: int) -> ImageRows:
@@ -179,21 +219,34 @@ def cluster_features(
     stream: StreamSettings,
     rng_seed: int = 0,
     on_pass: OnPass | None = None,
+    num_clusters: np.ndarray | None = None,
 ) -> KMeansResult:
     """Cluster the features of the named shards inside each parent class, and write their sub-category tables.
 
     features: folder of part-XXXXX.parquet of schemas.features. output: folder of tables of the same names, schema
     SUBCATEGORIES, rows by rising image_id. The result, and every table, has the same bits for any num_actors (0 works
     in this process, without Ray) and any order of shard_names; a GPU, or another kind of CPU, may differ in last bits.
-    Calling it again writes the same again. ValueError names the shard file for bad features, StorageError bad files.
+    Calling it again writes the same again; where an actor or the driver was lost, it goes on after the last whole pass.
+    Rows that are not finite are left out, logged, and named in the result (at most stream.max_bad_frac of all rows);
+    ValueError names the shard file for other bad rows, StorageError bad files. num_clusters: see kmeans.
     """
     files = list_files(features, shard_names)
-    plan = ShardPlan(len(files), num_classes, settings, use_gpu=stream.gpus_per_actor > 0)
+    plan = ShardPlan(num_classes, settings, use_gpu=stream.gpus_per_actor > 0)
 
-    def work(shard: DispatchedShard) -> KMeansResult:
-        result = kmeans(shard, settings, rng_seed=rng_seed, on_pass=on_pass)
+    def work(holders: Holders) -> KMeansResult:
+        bad_rows = [row for rows in holders.call("bad_rows") for row in rows]
+        _check_bad_rows(bad_rows, sum(file.num_rows for file in files), stream.max_bad_frac)
+        shard = DispatchedShard(holders)
+        if settings.pca_dims is not None:
+            shard.turn(component_axes(shard, settings.pca_dims, settings.whiten, rng_seed))
+        key = progress_key(shard, settings, rng_seed, num_clusters)
+        progress = StoredProgress(output, key)
+        result = kmeans(
+            shard, settings, rng_seed=rng_seed, on_pass=on_pass, num_clusters=num_clusters, checkpoint=progress
+        )
         shard.write_labels(TableWriter(output))
-        return result
+        progress.delete()
+        return dataclasses.replace(result, bad_rows=bad_rows)
 
     if stream.num_actors > 0:
         parts = split_files(files, stream.num_actors)
@@ -204,8 +257,18 @@ def cluster_features(
         table = features.read_table(f"{file.name}.parquet", columns=FEATURE_COLUMNS)
         holder.add(file.name, image_rows(file.name, table))
     holder.finish()
-    result = work(DispatchedShard(lambda method, *args: [holder.ask(method, *args)], len(files)))
+    result = work(LocalHolders([holder]))
     return dataclasses.replace(result, peak_rss_bytes=peak_rss_bytes())
+
+
+def _check_bad_rows(bad_rows: Sequence[tuple[str, str]], num_rows: int, max_bad_frac: float) -> None:
+    if not bad_rows:
+        return
+    named = ", ".join(f"{name}: image_id {image_id!r}" for name, image_id in bad_rows[:_MAX_NAMED_ROWS])
+    found = f"{len(bad_rows)} of {num_rows} features hold NaN or infinity ({named})"
+    if len(bad_rows) > max_bad_frac * num_rows:
+        raise ValueError(f"{found}, expected at most stream.max_bad_frac = {max_bad_frac}; extract those shards again")
+    logger.warning("%s; they are left out", found)
 
 
 def list_files(features: Storage, shard_names: Sequence[str]) -> list[ShardFile]:

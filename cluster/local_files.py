@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+_COPY_BYTES = 2**22
 
 
 class StorageError(OSError):
@@ -28,12 +32,20 @@ class LocalFiles:
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """By a temporary file in the same folder, then a rename: readers see the old file or the whole new one."""
+        self._write(path, io.BytesIO(data))
+
+    def write_file(self, path: str, local: Path) -> None:
+        """As write_bytes, with what a file holds."""
+        with local.open("rb") as source:
+            self._write(path, source)
+
+    def _write(self, path: str, source: BinaryIO) -> None:
         target = Path(path)
         temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
         with _clear_errors("write", path):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                _write_all(temporary, data)
+                _write_all(temporary, source)
                 temporary.replace(target)
             finally:
                 with contextlib.suppress(OSError):
@@ -77,9 +89,9 @@ def is_temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
 
 
-def _write_all(path: Path, data: bytes) -> None:
+def _write_all(path: Path, source: BinaryIO) -> None:
     with path.open("xb") as stream:
-        stream.write(data)
+        shutil.copyfileobj(source, stream, _COPY_BYTES)
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from subcat_core.block_shard import DyadicSum, Partials, check_dimensions, merge_samples
+from subcat_core.block_shard import check_dimensions, merge_samples
 from subcat_core.feature_blocks import ImageRows
-from subcat_core.kmeans import Assignment, FarRows, KMeansResult, KMeansSettings, Sample, TableSink
+from subcat_core.kmeans import Assignment, FarRows, Sample, TableSink
+from subcat_core.kmeans_result import KMeansResult
+from subcat_core.kmeans_settings import KMeansSettings
+from subcat_core.lloyd import Grid
 
 FEATURE_COLUMNS = ["image_id", "labels", "feature"]
 _FREE_MEMORY_FRAC = 0.8
@@ -35,7 +38,6 @@ class ShardFile:
 class ShardPlan:
     """What every holder of rows must know."""
 
-    num_blocks: int
     num_classes: int
     settings: KMeansSettings
     num_threads: int = 1
@@ -51,6 +53,15 @@ class Reservation(NamedTuple):
     free_bytes: int
 
 
+class Description(NamedTuple):
+    """What a holder says of its rows: a shard file of them, D, rows of each class (C,), the norm of the longest."""
+
+    name: str
+    dimension: int
+    counts: np.ndarray
+    max_norm: float
+
+
 def check_memory(reservations: Sequence[Reservation]) -> None:
     """ValueError where the caches of all holders on one node take more than _FREE_MEMORY_FRAC of what it has free."""
     for node_id in dict.fromkeys(reservation.node_id for reservation in reservations):
@@ -61,27 +72,45 @@ def check_memory(reservations: Sequence[Reservation]) -> None:
             raise ValueError(
                 f"k-means needs {cache_bytes / 1e9:.1f} GB on one node ({node_id}) to cache "
                 f"{sum(reservation.num_files for reservation in here)} feature shards, and {free_bytes / 1e9:.1f} GB "
-                "are free there; use kmeans.stored_dtype = 'float16', or more nodes and actors"
+                "are free there; use kmeans.cache_bytes or kmeans.stored_dtype = 'float16', or more nodes and actors"
             )
 
 
+class Holders(Protocol):
+    """What a dispatcher asks: all holders of rows, wherever they are."""
+
+    def call(self, method: str, *args: Any) -> Sequence[Any]:
+        """The answer of each holder, in the order of their blocks."""
+        ...
+
+    def total(self, method: str, *args: Any) -> Assignment:
+        """The sum of the answers of all; only the sum comes here."""
+        ...
+
+
 class DispatchedShard:
-    """The same questions as one BlockShard, put to several that hold neighbouring blocks of one data set.
+    """The same questions as one BlockShard, put to several that hold neighbouring blocks of one data set."""
 
-    call(method, *args) -> the answer of each holder, in the order of their blocks.
-    """
-
-    def __init__(self, call: Callable[..., Sequence[Any]], num_blocks: int) -> None:
+    def __init__(self, holders: Holders) -> None:
         """Raises ValueError, naming two shard files, when the holders' rows have different dimensions."""
-        self._call = call
-        self._num_blocks = num_blocks
-        descriptions = call("describe")
-        dimensions = {dimension: name for name, dimension, _ in descriptions}
-        check_dimensions(dimensions)
-        self._dimension = next(iter(dimensions))
-        self._counts = np.sum([counts for _, _, counts in descriptions], axis=0)
+        self._holders = holders
+        self._describe()
         self.pass_bytes = 0
-        """Bytes that the holders returned in the last pass: independent of the number of rows."""
+        """Bytes that came here in the last pass: independent of the number of rows, and of holders."""
+
+    def _describe(self) -> None:
+        holders = self._holders
+        descriptions = holders.call("describe")
+        check_dimensions({found.dimension: found.name for found in descriptions})
+        self._dimension = descriptions[0].dimension if descriptions else 0
+        self._counts = np.sum([found.counts for found in descriptions], axis=0)
+        max_norm = max((found.max_norm for found in descriptions), default=0.0)
+        holders.call("use_grid", Grid(max_norm, int(self._counts.max(initial=0))))
+
+    def turn(self, axes: np.ndarray) -> None:
+        """Go on with the rows times axes (d, D) float32; before the first pass."""
+        self._holders.call("turn", axes)
+        self._describe()
 
     @property
     def counts(self) -> np.ndarray:
@@ -91,27 +120,23 @@ class DispatchedShard:
     def dimension(self) -> int:
         return self._dimension
 
-    def sample(self, class_index: int, max_hash: int, rng_seed: int) -> Sample:
-        return merge_samples(self._call("sample", class_index, max_hash, rng_seed))
+    def sample(self, class_index: int, max_hash: int, rng_seed: int, axes: np.ndarray | None = None) -> Sample:
+        return merge_samples(self._holders.call("sample", class_index, max_hash, rng_seed, axes))
 
     def assign(self, centroids: np.ndarray, classes: np.ndarray) -> Assignment:
-        answers: Sequence[Partials] = self._call("assign_partials", centroids, classes)
-        self.pass_bytes = sum(partial.nbytes for answer in answers for partial in answer.values())
-        tree = DyadicSum(self._num_blocks)
-        for answer in answers:
-            for (level, index), partial in answer.items():
-                tree.add(level, index, partial)
-        return tree.total()
+        found = self._holders.total("assign", centroids, classes)
+        self.pass_bytes = found.nbytes
+        return found
 
     def farthest(self, class_index: int, num_rows: int) -> FarRows:
-        return FarRows.merged(list(self._call("farthest", class_index, num_rows)), num_rows)
+        return FarRows.merged(list(self._holders.call("farthest", class_index, num_rows)), num_rows)
 
     def write_labels(self, sink: TableSink) -> None:
         """The holders call `sink` where they are: labels never pass through here."""
-        self._call("write_labels", sink)
+        self._holders.call("write_labels", sink)
 
 
-Work = Callable[[DispatchedShard], KMeansResult]
+Work = Callable[[Holders], KMeansResult]
 
 
 def feature_dimension(name: str, schema: pa.Schema) -> int:

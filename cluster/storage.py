@@ -17,11 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.local_files import LocalFiles, MissingFileError, StorageError
+from cluster.parquet_files import broken_table, read_columns, read_footer, read_remote_columns, read_remote_footer
 from cluster.s3_requests import S3_SCHEME, call_s3
 
 __all__ = ["MissingFileError", "Storage", "StorageError", "read_uri"]
 
-_FOOTER_BYTES = 2**16  # asked for at once: a footer is smaller
+_PART_BYTES = 50 * 2**20  # of an upload: what has two or more of them goes in parts
+_READ_TIMEOUT_S = 60.0  # without a byte from the server
 
 
 class _S3Objects:
@@ -31,7 +33,10 @@ class _S3Objects:
         return call_s3(_s3_filesystem(), "read", path, lambda fs: fs.cat_file(path))
 
     def write_bytes(self, path: str, data: bytes) -> None:
-        call_s3(_s3_filesystem(), "write", path, lambda fs: fs.pipe_file(path, data))
+        call_s3(_s3_filesystem(), "write", path, lambda fs: fs.pipe_file(path, data, chunksize=_PART_BYTES))
+
+    def write_file(self, path: str, local: Path) -> None:
+        call_s3(_s3_filesystem(), "write", path, lambda fs: fs.put_file(str(local), path, chunksize=_PART_BYTES))
 
     @contextlib.contextmanager
     def fetch(self, path: str) -> Iterator[Path]:
@@ -113,6 +118,11 @@ class Storage:
         backend, path = self._at(name)
         backend.write_bytes(path, data)
 
+    def write_file(self, name: str, local: Path) -> None:
+        """As write_bytes, from a file of this machine: what is too large for memory goes in parts."""
+        backend, path = self._at(name)
+        backend.write_file(path, local)
+
     def exists(self, name: str) -> bool:
         """Whether a file, or a folder with something in it, is there now (nothing is cached)."""
         backend, path = self._at(name)
@@ -157,41 +167,40 @@ class Storage:
     def read_table(self, name: str, columns: list[str] | None = None, schema: pa.Schema | None = None) -> pa.Table:
         """A Parquet file as a table.
 
-        columns: only these, in this order. schema: only its columns, cast to its types. StorageError names the file
-        where it is truncated or no Parquet, where a column is not there, or where a type does not fit.
+        columns: only these, in this order; from S3, only their bytes are read. schema: only its columns, cast to its
+        types. StorageError names the file where it is truncated or no Parquet, where a column is not there, or where a
+        type does not fit.
         """
         wanted = list(schema.names) if schema is not None else columns
         backend, path = self._at(name)
         if self.is_local:
             backend.size(path)  # a missing file is told apart from a broken one
         try:
-            source = pa.BufferReader(backend.read(path)) if path.startswith(S3_SCHEME) else path
-            with pq.ParquetFile(source) as file:
-                missing = [c for c in wanted or [] if c not in file.schema_arrow.names]
-                if missing:
-                    raise StorageError(
-                        f"{path}: no column {', '.join(missing)}; the file has {', '.join(file.schema_arrow.names)}"
-                    )
-                table = file.read(columns=wanted)
+            if not path.startswith(S3_SCHEME):
+                table = read_columns(path, path, wanted)
+            elif wanted is None:
+                table = read_columns(path, pa.BufferReader(backend.read(path)), None)
+            else:
+                table = call_s3(_s3_filesystem(), "read", path, lambda fs: read_remote_columns(fs, path, wanted))
             table = table if wanted is None else table.select(wanted)
             return table if schema is None else table.cast(schema)
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, StorageError):
                 raise
-            raise _broken_table(path, error) from error
+            raise broken_table(path, error) from error
 
     def read_footer(self, name: str) -> tuple[int, pa.Schema]:
         """(number of rows, schema) of a Parquet file, without reading its rows; errors as `read_table`."""
         backend, path = self._at(name)
         try:
             if path.startswith(S3_SCHEME):
-                return call_s3(_s3_filesystem(), "read", path, lambda fs: _s3_footer(fs, path))
+                return call_s3(_s3_filesystem(), "read", path, lambda fs: read_remote_footer(fs, path))
             backend.size(path)
-            return _footer(path)
+            return read_footer(path)
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, StorageError):
                 raise
-            raise _broken_table(path, error) from error
+            raise broken_table(path, error) from error
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write one Parquet file, zstd-compressed, atomically."""
@@ -237,29 +246,16 @@ def _absolute(location: str) -> str:
     return os.path.normpath(Path(location).expanduser().absolute())
 
 
-def _broken_table(path: str, error: Exception) -> StorageError:
-    reason = str(error).splitlines()[0]
-    return StorageError(
-        f"{path}: truncated, not Parquet or of other types ({reason}); delete it and run the stage again"
-    )
-
-
-def _s3_footer(filesystem: Any, path: str) -> tuple[int, pa.Schema]:
-    with filesystem.open(path, "rb", block_size=_FOOTER_BYTES) as stream:
-        return _footer(stream)
-
-
-def _footer(source: Any) -> tuple[int, pa.Schema]:
-    with pq.ParquetFile(source) as file:
-        return file.metadata.num_rows, file.schema_arrow
-
-
 def _s3_filesystem() -> Any:
     """The s3fs client of this process; fsspec keeps one for each set of arguments and process id."""
     import s3fs
 
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    config: dict[str, Any] = {"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_attempts": 1}}
+    config: dict[str, Any] = {
+        "connect_timeout": 10,
+        "read_timeout": _READ_TIMEOUT_S,
+        "retries": {"total_max_attempts": 1},
+    }
     if not os.environ.get("AWS_RESPONSE_CHECKSUM_VALIDATION"):
         # Some S3-compatible servers send the checksum of the whole object with a part of it (rclone does).
         config["response_checksum_validation"] = "when_required"

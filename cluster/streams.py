@@ -27,6 +27,7 @@ __all__ = ["BadRow", "ShardError", "ShardOutput", "ShardSummary", "StreamSetting
 
 _MAX_DEATHS = 3  # of one actor's process that are mended by a new one, before the stage gives up
 _MAX_NAMED_ROWS = 5
+_SPAN_SHARDS = 4096
 _SUMMARY_THREADS = 16
 _SUMMARIES_AHEAD = 256
 
@@ -213,9 +214,17 @@ def _run_here(task: Callable[[], ShardTask], shards: Sequence[str]) -> Generator
 def _run_on_ray(
     task: functools.partial[ShardTask], shards: Sequence[str], settings: StreamSettings, stage: str
 ) -> Generator[ShardSummary]:
-    """Summaries in the order in which actors finish them; leaving the generator stops the actors."""
-    if not shards:
-        return
+    """Summaries in the order in which actors finish them; leaving the generator stops the actors.
+
+    The driver holds some kilobytes for each shard of a Ray Data execution, so very many of them take several.
+    """
+    for start in range(0, len(shards), _SPAN_SHARDS):
+        yield from _run_span(task, shards[start : start + _SPAN_SHARDS], settings, stage)
+
+
+def _run_span(
+    task: functools.partial[ShardTask], shards: Sequence[str], settings: StreamSettings, stage: str
+) -> Generator[ShardSummary]:
     num_actors = min(settings.num_actors, len(shards))
     _check_room(num_actors, settings, stage)
     from ray.data import ActorPoolStrategy, from_items

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from cluster.storage import Storage
 from cluster.training_input import BatchPlan
+from cluster.training_rows import RowFile
 from subcat_core.settings import Settings
 
 
@@ -167,8 +168,8 @@ class TrainJob:
     """All that a worker needs. rows and val_rows: tables with at least image_id (string) and uri (string)."""
 
     trainee: Trainee
-    rows: pa.Table
-    val_rows: pa.Table | None
+    rows: pa.Table | RowFile
+    val_rows: pa.Table | RowFile | None
     folder: Storage
     optimiser: OptimiserSettings
     compute: TrainComputeSettings

@@ -20,6 +20,7 @@ from cluster.runtime import available_resources
 from cluster.storage import Storage, StorageError
 from cluster.trainee import OptimiserSettings, TrainComputeSettings, TrainContext, Trainee, TrainJob, TrainResult
 from cluster.training_loop import run_worker
+from cluster.training_rows import RowFile
 
 __all__ = ["OptimiserSettings", "TrainComputeSettings", "TrainResult", "Trainee", "train"]
 
@@ -45,9 +46,9 @@ class Bar(Protocol):
 
 def train(
     trainee: Trainee,
-    rows: pa.Table,
+    rows: pa.Table | RowFile,
     *,
-    val_rows: pa.Table | None,
+    val_rows: pa.Table | RowFile | None,
     folder: Storage,
     optimiser: OptimiserSettings,
     compute: TrainComputeSettings,
@@ -58,16 +59,15 @@ def train(
 ) -> TrainResult:
     """Train, or go on from the newest checkpoint in `folder`, or return the result of a training that is done.
 
-    rows, val_rows: tables with image_id, uri (strings) and whatever the trainee reads. Writes into folder:
+    rows, val_rows: tables with image_id, uri (strings) and whatever the trainee reads; a table goes to every worker, a
+    RowFile stays where it is, and is deleted once the training is done. Writes into folder:
     checkpoints/epoch-0001.pt after each epoch, model.pt (a state dict) and, last, result.json. The folder belongs to
     one training: that its content is of these settings is for the caller to know (`cluster.artifacts`).
     bar gets optimiser.length(number of rows).num_images in all. on_metrics(step, values) is called on the caller's
     thread: every few steps with loss, the trainee's scalars, learning_rate and images_per_s; after each epoch with
-    epoch, epoch_* means and validation metrics. A step may come again after a lost worker was replaced.
-
-    Raises ValueError for empty tables, settings that do not fit together or the cluster, more than
-    max_bad_frac bad images, and a loss that is not finite; StorageError where the folder cannot be written;
-    RuntimeError where workers were lost too often.
+    epoch, epoch_* means and validation metrics. A step may come again after a lost worker was replaced. Raises
+    ValueError for empty tables, settings that do not fit together or the cluster, more than max_bad_frac bad images,
+    and a loss that is not finite; StorageError where the folder cannot be written; RuntimeError for too many losses.
     """
     job = TrainJob(trainee, rows, val_rows, folder, optimiser, compute, rng_seed, max_bad_frac)
     _check(job)
@@ -80,6 +80,9 @@ def train(
             run_worker(job, TrainContext(0, 1, device, monitor.handle, compute.threads_per_worker))
     else:
         _train_on_ray(job, monitor)
+    for file in (rows, val_rows):
+        if isinstance(file, RowFile):
+            file.delete()
     result = folder.read_json("result.json")
     return TrainResult(**{field.name: result[field.name] for field in dataclasses.fields(TrainResult)})
 
@@ -87,9 +90,8 @@ def train(
 def _check(job: TrainJob) -> None:
     if job.rows.num_rows == 0:
         raise ValueError("there is no image to train on; check the split, and that its images have labels")
-    for table in (job.rows, job.val_rows):
-        missing = {"image_id", "uri"} - set(table.column_names if table is not None else ("image_id", "uri"))
-        if missing:
+    for table in (job.rows, job.rows if job.val_rows is None else job.val_rows):
+        if missing := {"image_id", "uri"} - set(table.column_names):
             raise ValueError(f"the rows have no column {', '.join(sorted(missing))}; give image_id and uri")
     num_workers, batch_size = job.compute.num_workers, job.optimiser.batch_size
     if num_workers and batch_size % num_workers:
@@ -232,9 +234,8 @@ def _trainer(job: TrainJob, mailbox: Any, scratch: str) -> Any:
 
     settings: Any = ray.train  # its stubs still show the classes of Ray Train V1
     compute = job.compute
-    resources = {"CPU": compute.cpus_per_worker}
-    if compute.gpus_per_worker:
-        resources["GPU"] = compute.gpus_per_worker
+    gpus = {"GPU": compute.gpus_per_worker} if compute.gpus_per_worker else {}
+    resources = {"CPU": compute.cpus_per_worker, **gpus}
     return TorchTrainer(
         _ray_worker,
         train_loop_config={"job": ray.put(job), "mailbox": mailbox},  # rows go through the object store, once a node

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cluster.reading_errors import ReadFailure
 from cluster.storage import MissingFileError
+from cluster.training_rows import Rows
 from subcat_core.images import ImageError
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ class BatchPlan:
     def epoch_order(self, epoch: int) -> np.ndarray:
         """(steps, batch_size) int64: row numbers of all ranks together."""
         order = np.random.default_rng([self.rng_seed, epoch]).permutation(self.num_rows)
-        steps = self.steps_per_epoch
-        return np.resize(order, steps * self.batch_size).reshape(steps, self.batch_size)
+        steps, count = self.steps_per_epoch, self.steps_per_epoch * self.batch_size
+        order = order[:count] if count <= len(order) else np.resize(order, count)  # np.resize copies: 8 bytes an image
+        return order.reshape(steps, self.batch_size)
 
     def batches(self, rank: int, world_size: int, epochs: Iterable[int]) -> Iterator[BatchKey]:
         """This rank's batches of the epochs, in order, made as they are asked for."""
@@ -94,9 +96,9 @@ class BatchReader:
     trainee: Trainee
     rng_seed: int
 
-    def read(self, table: pa.Table, key: BatchKey) -> Batch:
-        """The batch of the table's rows that the key names. Raises every error but those of a single bad image."""
-        samples, reasons = self._samples(table.take(key.rows).to_pylist(), itertools.repeat(key.epoch))
+    def read(self, rows: Rows, key: BatchKey) -> Batch:
+        """The batch of the rows that the key names. Raises every error but those of a single bad image."""
+        samples, reasons = self._samples(rows.take(key.rows).to_pylist(), itertools.repeat(key.epoch))
         return Batch(_stack(samples, reasons), key.rows, reasons)
 
     def read_table(self, table: pa.Table) -> dict[str, np.ndarray]:
@@ -144,25 +146,25 @@ def _stack(samples: list[dict[str, np.ndarray]], reasons: list[str]) -> dict[str
 
 
 def stream_batches(
-    reader: BatchReader, table: pa.Table, keys: Iterable[BatchKey], compute: TrainComputeSettings
+    reader: BatchReader, rows: Rows, keys: Iterable[BatchKey], compute: TrainComputeSettings
 ) -> Iterator[Batch]:
     """The batches of the keys, in order, read ahead by a bounded number; close the iterator to stop the readers.
 
     One stream runs over all epochs, so nothing starts anew between them.
     """
     if compute.input == "ray":
-        return _read_by_ray(reader, table, keys, max(1, compute.num_decode_workers))
+        return _read_by_ray(reader, rows, keys, max(1, compute.num_decode_workers))
     if compute.num_decode_workers == 0:
-        return _read_by_threads(reader, table, keys)
-    return _read_by_processes(reader, table, keys, compute.num_decode_workers)
+        return _read_by_threads(reader, rows, keys)
+    return _read_by_processes(reader, rows, keys, compute.num_decode_workers)
 
 
-def _read_by_threads(reader: BatchReader, table: pa.Table, keys: Iterable[BatchKey]) -> Iterator[Batch]:
+def _read_by_threads(reader: BatchReader, rows: Rows, keys: Iterable[BatchKey]) -> Iterator[Batch]:
     pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="decode")
     waiting: collections.deque[Future[Batch]] = collections.deque()
     try:
         for key in keys:
-            waiting.append(pool.submit(reader.read, table, key))
+            waiting.append(pool.submit(reader.read, rows, key))
             if len(waiting) > _NUM_THREADS:
                 yield waiting.popleft().result()
         while waiting:
@@ -182,13 +184,13 @@ class _Keys(Sampler[BatchKey]):
 class _Batches(Dataset["Batch | ReadFailure"]):
     """Hands out whole batches of numpy arrays: they come through a pipe, so a small /dev/shm is enough."""
 
-    def __init__(self, reader: BatchReader, table: pa.Table) -> None:
+    def __init__(self, reader: BatchReader, rows: Rows) -> None:
         self._reader = reader
-        self._table = table
+        self._rows = rows
 
     def __getitem__(self, key: BatchKey) -> Batch | ReadFailure:
         try:
-            return self._reader.read(self._table, key)
+            return self._reader.read(self._rows, key)
         except Exception as error:
             return ReadFailure.of(error)
 
@@ -198,7 +200,7 @@ def _as_is(batch: Any) -> Any:
 
 
 def _read_by_processes(
-    reader: BatchReader, table: pa.Table, keys: Iterable[BatchKey], num_processes: int
+    reader: BatchReader, rows: Rows, keys: Iterable[BatchKey], num_processes: int
 ) -> Iterator[Batch]:
     # Not fork: Ray's and s3fs's threads do not survive one. The fork server imports torch once for all its children.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -206,7 +208,7 @@ def _read_by_processes(
     if method == "forkserver":
         context.set_forkserver_preload([__name__])
     for batch in DataLoader(
-        _Batches(reader, table),
+        _Batches(reader, rows),
         batch_size=None,
         sampler=_Keys(keys),
         num_workers=num_processes,
@@ -219,7 +221,7 @@ def _read_by_processes(
         yield batch
 
 
-def _read_by_ray(reader: BatchReader, table: pa.Table, keys: Iterable[BatchKey], num_tasks: int) -> Iterator[Batch]:
+def _read_by_ray(reader: BatchReader, rows: Rows, keys: Iterable[BatchKey], num_tasks: int) -> Iterator[Batch]:
     import ray.data
     from ray.data import ExecutionResources, TaskPoolStrategy
 
@@ -227,7 +229,7 @@ def _read_by_ray(reader: BatchReader, table: pa.Table, keys: Iterable[BatchKey],
     keys = iter(keys)
     while span := _take_span(keys):
         # One block a batch: a task decodes exactly one batch. Only rows (URIs and labels) stand in the blocks.
-        blocks = [table.take(key.rows).append_column(_EPOCH, pa.array([key.epoch] * len(key.rows))) for key in span]
+        blocks = [rows.take(key.rows).append_column(_EPOCH, pa.array([key.epoch] * len(key.rows))) for key in span]
         dataset = ray.data.from_arrow(blocks)
         dataset.context.enable_progress_bars = False
         options = dataset.context.execution_options

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 
@@ -27,6 +26,7 @@ from cluster.training_device import (
     wrap_model,
 )
 from cluster.training_input import Batch, BatchReader, stream_batches, validation_batches
+from cluster.training_rows import Rows, open_rows
 from subcat_core.schedule import build_sgd, set_poly_lr
 
 _WINDOW_STEPS = 10  # losses stay on the device for so many steps: fetching one waits for all work before it
@@ -39,13 +39,18 @@ def run_worker(job: TrainJob, context: TrainContext) -> None:
     """
     if context.num_threads:
         torch.set_num_threads(context.num_threads)
-    worker = _Worker(job, context)
-    length = job.length
+    with open_rows(job.rows) as rows, open_rows(job.val_rows) as val_rows:
+        assert rows is not None
+        _run(_Worker(job, context, rows, val_rows))
+
+
+def _run(worker: _Worker) -> None:
+    job, context, length = worker.job, worker.context, worker.job.length
     epochs = range(worker.epoch + 1, length.num_epochs + 1)
     num_done = length.steps_until(worker.epoch)
     keys = itertools.islice(job.plan.batches(context.rank, context.world_size, epochs), length.num_steps - num_done)
     context.post("progress", num_done, {})
-    stream = stream_batches(worker.reader, job.rows, keys, job.compute)
+    stream = stream_batches(worker.reader, worker.rows, keys, job.compute)
     with contextlib.closing(stream):  # type: ignore[type-var]
         for epoch in epochs:
             record = worker.train_epoch(epoch, stream)
@@ -56,8 +61,9 @@ def run_worker(job: TrainJob, context: TrainContext) -> None:
 class _Worker:
     """Model, optimiser and record of one rank; epoch: the last one done."""
 
-    def __init__(self, job: TrainJob, context: TrainContext) -> None:
+    def __init__(self, job: TrainJob, context: TrainContext, rows: Rows, val_rows: Rows | None) -> None:
         self.job, self.context = job, context
+        self.rows, self.val_rows = rows, val_rows
         self.reader = BatchReader(job.trainee, job.rng_seed)
         torch.manual_seed(job.rng_seed)
         self.bare = place_model(job.trainee.build_model(), job.optimiser, context)
@@ -97,7 +103,7 @@ class _Worker:
         window = _Window(job, self.context)
         for step in steps:
             batch = next(stream)
-            self._count_bad(batch, job.rows)
+            self._count_bad(batch, self.rows)
             window.add(step, *self._step(step, batch))
         window.flush()
         self._share_bad()
@@ -128,7 +134,7 @@ class _Worker:
     def validate(self) -> dict[str, float]:
         """The trainee's metrics over all readable validation rows; the same on every rank, for any number of ranks."""
         job, context = self.job, self.context
-        table = job.val_rows
+        table = self.val_rows
         assert table is not None
         local = job.optimiser.batch_size // context.world_size
         keys = validation_batches(table.num_rows, local, context.rank, context.world_size)
@@ -203,10 +209,11 @@ class _Worker:
     def _tensors(self, batch: Batch) -> dict[str, torch.Tensor]:
         return to_device(batch.arrays, self.context.device, self.job.optimiser.channels_last)
 
-    def _count_bad(self, batch: Batch, table: pa.Table) -> None:
+    def _count_bad(self, batch: Batch, table: Rows) -> None:
         for row, reason in zip(batch.rows, batch.reasons, strict=True):
             if reason:
-                named = {name: str(table[name][int(row)].as_py()) for name in ("image_id", "uri")}
+                (found,) = table.take(np.array([row])).select(["image_id", "uri"]).to_pylist()
+                named = {name: str(value) for name, value in found.items()}
                 self.bad_rows.setdefault(named["image_id"], {**named, "reason": reason})
         self._check_bad()
 

@@ -8,12 +8,14 @@ Runs on: faiss Ray actors that Ray Data feeds from the shards; in process with s
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 
 from cluster.artifacts import Artifact
 from cluster.feature_shards import cluster_features
+from cluster.image_reading import BadRow
 from cluster.tracking import ChildRun
 from jobs.context import StageContext, complete, round_folder
 from jobs.manifest import Manifest
@@ -45,6 +47,7 @@ def run(context: StageContext, manifest: Manifest, round_index: int, features: A
                 stream=experiment.stream,
                 rng_seed=experiment.rng_seed,
                 on_pass=on_pass,
+                num_clusters=settings.clusters_of(manifest.classes.names),
             )
         artifact.folder.write_table(CENTROIDS, centroid_table(result.centroids))
         counts = np.asarray(result.counts)
@@ -82,6 +85,11 @@ def run(context: StageContext, manifest: Manifest, round_index: int, features: A
             "balance": float(np.mean(result.balance)),
             "num_empty": int((counts == 0).sum()),
             "peak_rss_bytes": result.peak_rss_bytes,
+            "num_bad": len(result.bad_rows),
+            "bad": [
+                dataclasses.asdict(BadRow(image_id, features.folder.uri(f"{name}.parquet"), "feature is not finite"))
+                for name, image_id in result.bad_rows
+            ],
         }
 
     return complete(
@@ -90,7 +98,7 @@ def run(context: StageContext, manifest: Manifest, round_index: int, features: A
         stage="cluster_features",
         round_index=round_index,
         inputs={
-            "settings": settings.model_dump(mode="json"),
+            "settings": settings.decides(),
             "rng_seed": experiment.rng_seed,
             "features": features.output_fingerprint,
         },

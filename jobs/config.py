@@ -31,7 +31,7 @@ from jobs.train_classifier import ClassifierSettings
 from jobs.train_segmenter import SegmenterStageSettings
 from jobs.train_supervised import SupervisedSettings
 from subcat_core.backbones import check_output_stride
-from subcat_core.kmeans import KMeansSettings
+from subcat_core.kmeans_settings import KMeansSettings
 from subcat_core.settings import Settings
 
 # The sections a round may override, as [round.2] classifier.optimiser.epochs = 12
@@ -124,12 +124,22 @@ class Experiment(Settings):
         stride = self.segmenter.model.backbone.output_stride
         if stride == 32:
             raise ValueError("segmenter.model.backbone.output_stride = 32: too coarse for masks; use 8 or 16")
+        if self.segmenter.loss == "confidence" and not self.pseudo_masks.write_confidence:
+            raise ValueError(
+                "segmenter.loss = confidence: needs the confidence of every pixel; set pseudo_masks.write_confidence = "
+                "true"
+            )
         if self.affinity is not None:
             self._affinity_fits()
         if self.self_training is not None and self.prepare.segmenter_sees_tiles:
             raise ValueError(
                 '[self_training] with prepare.tiles.segmenter_sees = "tiles": its masks are of whole images; '
                 'give "images", or leave [self_training] out'
+            )
+        if self.classifier.subcategory_targets == "soft" and (self.kmeans.spherical or self.kmeans.pca_dims):
+            raise ValueError(
+                'classifier.subcategory_targets = "soft" with kmeans.spherical or kmeans.pca_dims: soft targets are '
+                "distances between features as they are and the centroids; leave one of the two out"
             )
         if self.cams.output_stride is not None:
             check_output_stride(self.classifier.backbone.name, self.cams.output_stride, "cams.output_stride")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from jobs.config import Experiment
     from subcat_core.crf import CrfSettings
 
-_VALUE_BYTES = {"float16": 2, "float32": 4}
+_VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _PREDICT_MAX_PX = 2048  # of segmenter.predict_mask
 
 

@@ -237,9 +237,14 @@ def has_tiles(storage: Storage) -> bool:
 
 def _check_large(experiment: Experiment, manifest: Manifest) -> None:
     """ValueError for images that a later stage would have to decode whole and could not, before hours of training."""
-    rows = manifest.rows(None, ["image_id", "split", "height_px", "width_px"])
-    pixels = pc.multiply(rows["height_px"].cast(pa.int64()), rows["width_px"].cast(pa.int64()))
-    for row in rows.filter(pc.greater(pixels, MAX_PIXELS)).to_pylist():
+    columns = ["image_id", "split", "height_px", "width_px"]
+    for rows in (rows for split in manifest.splits for rows in manifest.joined(split, columns)):
+        pixels = pc.multiply(rows["height_px"].cast(pa.int64()), rows["width_px"].cast(pa.int64()))
+        _check_sizes(experiment, rows.filter(pc.greater(pixels, MAX_PIXELS)).to_pylist())
+
+
+def _check_sizes(experiment: Experiment, large: list[dict[str, Any]]) -> None:
+    for row in large:
         size = f"{row['image_id']} has {row['height_px']} x {row['width_px']} px, more than {MAX_PIXELS} pixels"
         if row["split"] == TRAIN and not experiment.prepare.segmenter_sees_tiles:
             raise ValueError(f'{size}: too large to train the segmenter; prepare.tiles.segmenter_sees = "tiles"')

@@ -1,7 +1,8 @@
 """CAM -> [random walk] -> background score -> dense CRF -> pseudo mask, in one stream: only masks are kept.
 
 Reads:   manifest (train), CAMs of the chosen round, with [affinity] the affinity net
-Writes:  pseudo_masks: png/<image_id>.png (indexed, with palette), part-*.parquet (schema MASKS); scores.json
+Writes:  pseudo_masks: png/<image_id>.png (indexed, with palette), part-*.parquet (schema MASKS); scores.json; with
+         pseudo_masks.write_confidence also confidence/<image_id>.png (8-bit grey, 255 for 1)
 Runs on: a fixed pool of Ray Data actors, a shard at a time, on CPUs, but for the net; in process with
          stream.num_actors = 0
 """
@@ -52,6 +53,13 @@ class PseudoMaskStageSettings(Settings):
 
     mask: PseudoMaskSettings = PseudoMaskSettings()
     """With [affinity], the walk brings its own background (affinity.walk), and the one named here is not used."""
+    write_confidence: bool = False
+    """Also keep how likely each pixel's class is, one 8-bit PNG an image: what segmenter.loss = "confidence" needs. For
+    the masks of [self_training] too."""
+
+    def fingerprinted(self) -> dict[str, Any]:
+        """What decides the output; younger than runs that are there, write_confidence counts where it is on."""
+        return self.model_dump(mode="json", exclude=set() if self.write_confidence else {"write_confidence"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +91,7 @@ class PseudoMaskWorker:
     def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
         cams = read_cams(inputs["cams"])
         keys = confusion_keys(self.affinity)
-        shard = MaskShard(self.output, self.classes, keys)
+        shard = MaskShard(self.output, self.classes, keys, write_confidence=self.settings.write_confidence)
         for row, image in iter_images(inputs["manifest"]):
             if isinstance(image, BadRow):
                 shard.bad.append(image)
@@ -152,7 +160,7 @@ def run(
             options: dict[str, Any] = {"settings": settings, "affinity": trained}
             if tiles is not None:
                 inputs = {"images": manifest.folder, "manifest": tiles.folder}
-                options = {"settings": mask, "cut": cut}
+                options = {"settings": mask, "cut": cut, "write_confidence": settings.write_confidence}
             summaries = map_shards(
                 PseudoMaskWorker if tiles is None else TileMaskWorker,
                 {"output": artifact.folder, "classes": manifest.classes, **options},
@@ -188,7 +196,7 @@ def run(
         return scores.stats(summaries)
 
     inputs: dict[str, Any] = {
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.fingerprinted(),
         "manifest": manifest.fingerprint,
         "cams": cams.output_fingerprint,
     }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +20,7 @@ SHARDS = "shards.json"
 QUARANTINE = "quarantine.parquet"
 MARKER = "marker.json"
 _READ_THREADS = 8
+_READ_AHEAD = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,31 @@ class Manifest:
             tables = pool.map(lambda name: self.folder.read_table(f"{name}.parquet", schema=schema), names)
             table = pa.concat_tables([schema.empty_table(), *tables])
         return table if limit is None else table.slice(0, limit)
+
+    def joined(
+        self, split: str, columns: list[str], join: Callable[[str, pa.Table], pa.Table] | None = None
+    ) -> Iterator[pa.Table]:
+        """The rows of `rows`, a shard at a time and read a few shards ahead: for manifests of any size.
+
+        join(name, rows): adds columns to the rows of shard `name`, or drops rows; called in threads. A split that is
+        not there gives one table without rows (and without joined columns).
+        """
+        schema = pa.schema([schemas.MANIFEST.field(name) for name in columns])
+
+        def read(name: str) -> pa.Table:
+            rows = self.folder.read_table(f"{name}.parquet", schema=schema)
+            return rows if join is None else join(name, rows)
+
+        names = self.shard_names(split)
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            ahead = collections.deque(pool.submit(read, name) for name in names[:_READ_AHEAD])
+            for name in names[_READ_AHEAD:]:
+                yield ahead.popleft().result()
+                ahead.append(pool.submit(read, name))
+            while ahead:
+                yield ahead.popleft().result()
+        if not names:
+            yield schema.empty_table()
 
 
 def open_manifest(storage: Storage, stage: str = "prepare") -> Manifest:

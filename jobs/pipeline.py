@@ -134,7 +134,7 @@ def run(context: StageContext, last_stage: str | None = None) -> None:
     config = context.experiment.model_dump(mode="json")
     if not context.storage.exists(CONFIG):
         context.storage.write_json(CONFIG, config)
-    for _ in itertools.islice(_run_stages(context), num_steps):
+    for _ in itertools.islice(run_stages(context), num_steps):
         pass
     # Only now, when no stage refused its settings: a mistaken second call leaves the record of a run as it is.
     if context.storage.read_json(CONFIG) != config:
@@ -175,7 +175,7 @@ def _check_supervised(experiment: Experiment, manifest: Manifest) -> None:
             raise ValueError(f"supervised.masks_folder: {mask}: no such file; give a folder of <image_id>.png")
 
 
-def _run_stages(context: StageContext) -> Iterator[str]:
+def run_stages(context: StageContext) -> Iterator[str]:
     """Yields the name of each stage once it is complete, in the order of `plan`."""
     prepare.run(context)
     manifest = open_manifest(context.storage)

@@ -10,39 +10,25 @@ Runs on: the driver for the import; a fixed pool of Ray Data actors for the imag
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
 from cluster.artifacts import Artifact, ArtifactMismatch, fingerprint
 from cluster.progress import StageBar
-from cluster.storage import MissingFileError, Storage, read_uri
-from cluster.streams import BadRow, ShardOutput, ShardSummary, map_shards
+from cluster.storage import Storage
+from cluster.streams import ShardSummary, map_shards
 from cluster.tracking import ChildRun
+from jobs.check_images import CheckWorker
 from jobs.context import StageContext, complete, stream_stats
 from jobs.cut_tiles import TileSettings
-from jobs.importers import ImportSource, Source, open_source, problems
-from jobs.importers.coco_masks import Drawing
-from jobs.importers.problems import Problem, ProblemLog, format_problems
+from jobs.importers import ImportSource, Source, open_source
+from jobs.importers.problems import ProblemLog, format_problems
 from jobs.importers.rows import ImportRow, RowCounts, check_counts, checked_rows
 from jobs.manifest import FOLDER, MARKER, QUARANTINE, ShardEntry, write_index, write_shards
 from subcat_core import schemas
-from subcat_core.classes import ClassTable
-from subcat_core.images import (
-    MAX_PIXELS,
-    ImageError,
-    MaskValueError,
-    decode_image,
-    decode_mask,
-    encode_mask,
-    read_size,
-)
 from subcat_core.settings import Settings
 
 RAW = "raw"
@@ -54,9 +40,6 @@ RAW_SCHEMA = pa.schema(
 )
 _IMPORTED = "imported.json"
 _MAX_SHOWN = 20
-_THREADS = 4
-
-CheckMode = Literal["full", "header", "exists"]
 
 
 class PrepareSettings(Settings):
@@ -91,105 +74,6 @@ class PrepareSettings(Settings):
         return {} if self.tiles is None else {"max_pixels": self.tiles.max_image_px, "num_threads": 1}
 
 
-class CheckWorker:
-    """One actor: reads the images and masks of a shard, fills in their sizes, and tells which are bad and why.
-
-    mode: "exists" asks only whether the files are there. masks: where masks drawn from outlines go; None draws none.
-    Its table has schemas.MANIFEST, good rows only; reasons start with the rule; stats: class_counts (C), num_masks,
-    digest of the rows, and places (file, row) of the bad ones.
-    """
-
-    def __init__(
-        self,
-        *,
-        classes: ClassTable,
-        mode: CheckMode,
-        masks: Storage | None = None,
-        max_pixels: int = MAX_PIXELS,
-        num_threads: int = _THREADS,
-    ) -> None:
-        self.num_classes = classes.num_classes
-        self.lut = classes.mask_lut()
-        self.palette = classes.flat_palette()
-        self.mode = mode
-        self.masks = masks
-        self.max_pixels = max_pixels
-        self.num_threads = num_threads
-
-    def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
-        rows = inputs["raw"].to_pylist()
-        with ThreadPoolExecutor(self.num_threads, thread_name_prefix="check") as pool:
-            sizes = list(pool.map(self._size_or_problem, rows))
-        kept, bad, places = [], [], []
-        for row, size in zip(rows, sizes, strict=True):
-            if isinstance(size, Problem):
-                bad.append(BadRow(row["image_id"], row["uri"], f"{size.rule}: {size.message}"))
-                places.append([row["file"], row["row"]])
-            else:
-                kept.append({**row, "height_px": size[0], "width_px": size[1]})
-        labels = [index for row in kept for index in row["labels"]]
-        table = pa.Table.from_pylist(kept, schemas.MANIFEST)
-        stats = {
-            "class_counts": np.bincount(np.asarray(labels, np.int64), minlength=self.num_classes).tolist(),
-            "num_masks": table.num_rows - table["mask_uri"].null_count,
-            "digest": hashlib.sha256(json.dumps(table.to_pylist()).encode()).hexdigest(),
-            "places": places,
-        }
-        return ShardOutput(table, bad=bad, stats=stats, num_rows=table.num_rows)
-
-    def _size_or_problem(self, row: dict[str, Any]) -> tuple[int | None, int | None] | Problem:
-        """(height, width) of the image, or the first thing that is wrong with its files; draws its mask.
-
-        StorageError where the storage itself fails: that says nothing of the image.
-        """
-        if self.mode == "exists":
-            for uri in filter(None, (row["uri"], row["mask_uri"])):
-                if not Storage(uri).exists(""):
-                    return Problem(problems.MISSING_FILE, f"{uri}: no such file")
-            return None, None
-        try:
-            data = read_uri(row["uri"])
-            header = self.mode == "header"
-            size = read_size(data, self.max_pixels) if header else decode_image(data, self.max_pixels).shape[:2]
-        except MissingFileError as error:
-            return Problem(problems.MISSING_FILE, str(error))
-        except ImageError as error:
-            return Problem(problems.BAD_IMAGE, f"{row['uri']}: {error}")
-        problem = self._mask_problem(row["mask_uri"], size) if row["mask_uri"] else None
-        if row.get("drawing"):
-            problem = self._draw_mask(row, size)
-        return problem or (size[0], size[1])
-
-    def _draw_mask(self, row: dict[str, Any], size: tuple[int, ...]) -> Problem | None:
-        """Fills in mask_uri. A shard that is done again writes the same files again."""
-        drawing = Drawing.from_json(row["drawing"])
-        if (drawing.height, drawing.width) != tuple(size):
-            listed = f"{row['file']} says {drawing.height} x {drawing.width} px"
-            return Problem(problems.MASK_SIZE, f"{row['uri']}: {listed}, the image has {size[0]} x {size[1]}")
-        if self.masks is not None:
-            name = f"{row['image_id']}.png"
-            self.masks.write_bytes(name, encode_mask(drawing.render(), self.palette))
-            row["mask_uri"] = self.masks.uri(name)
-        return None
-
-    def _mask_problem(self, uri: str, size: tuple[int, ...]) -> Problem | None:
-        try:
-            data = read_uri(uri)
-            mask_size = read_size(data, self.max_pixels)
-            if mask_size != tuple(size):
-                message = f"{uri}: the mask has {mask_size[0]} x {mask_size[1]} px, its image {size[0]} x {size[1]}"
-                return Problem(problems.MASK_SIZE, message)
-            if self.mode == "full":
-                decode_mask(data, self.lut, self.max_pixels)
-        except MissingFileError as error:
-            return Problem(problems.MISSING_FILE, str(error))
-        except MaskValueError as error:
-            return Problem(problems.MASK_VALUES, f"{uri}: {error}")
-        except ImageError as error:
-            return Problem(problems.BAD_MASK, f"{uri}: {error}")
-        return None
-
-
 def run(context: StageContext) -> Artifact:
     """Import and check; a finished manifest of the same settings and lists is left as it is.
 
@@ -210,8 +94,9 @@ def run(context: StageContext) -> Artifact:
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
         raw = artifact.folder.child(RAW)
         with context.progress.stage("import", unit="rows") as bar:
-            imported = _import(source, raw, settings, bar)
+            imported = import_rows(source, raw, settings, bar)
         shards = [ShardEntry(**entry) for entry in imported["shards"]]
+        tally = Tally(source, shards)
         with context.progress.stage("prepare", total=sum(shard.num_rows for shard in shards), unit="images") as bar:
             summaries = map_shards(
                 CheckWorker,
@@ -229,8 +114,9 @@ def run(context: StageContext) -> Artifact:
                 ),
                 bar=bar,
                 stage="prepare",
+                fold=tally.add,
             )
-        stats = _finish(artifact.folder, source, shards, summaries)
+        stats = write_results(artifact.folder, tally, summaries)
         for line in stats["warnings"]:
             context.progress.note(f"warning: {line}")
         artifact.folder.delete_tree(RAW)
@@ -238,7 +124,7 @@ def run(context: StageContext) -> Artifact:
             **stream_stats(summaries),
             **stats,
             "left_out": imported["notes"],
-            "fingerprint": fingerprint([artifact.fingerprint, [summary.stats["digest"] for summary in summaries]]),
+            "fingerprint": fingerprint([artifact.fingerprint, [tally.digests[shard.name] for shard in shards]]),
         }
 
     return complete(
@@ -273,7 +159,7 @@ def to_raw(rows: Iterable[ImportRow], bar: StageBar | None = None) -> Iterator[d
             bar.advance()
 
 
-def _import(source: ImportSource, raw: Storage, settings: PrepareSettings, bar: StageBar) -> dict[str, Any]:
+def import_rows(source: ImportSource, raw: Storage, settings: PrepareSettings, bar: StageBar) -> dict[str, Any]:
     """Write the raw shards, or find them whole: {"shards": [...], "notes": {...}}."""
     if raw.exists(_IMPORTED):
         imported: dict[str, Any] = raw.read_json(_IMPORTED)
@@ -289,24 +175,37 @@ def _import(source: ImportSource, raw: Storage, settings: PrepareSettings, bar: 
     return imported
 
 
-def _finish(
-    folder: Storage, source: ImportSource, shards: list[ShardEntry], summaries: list[ShardSummary]
-) -> dict[str, Any]:
+class Tally:
+    """Counts and digests of the shards, taken from their summaries as they come, in any order."""
+
+    def __init__(self, source: ImportSource, shards: list[ShardEntry]) -> None:
+        self.source = source
+        self.shards = shards
+        self.counts = RowCounts(source.classes)
+        self.digests: dict[str, str] = {}
+        self.kept: dict[str, ShardEntry] = {}
+        self._split_of = {shard.name: shard.split for shard in shards}
+
+    def add(self, summary: ShardSummary) -> None:
+        self.digests[summary.name] = summary.stats["digest"]
+        if summary.num_rows:
+            split, num_masks = self._split_of[summary.name], summary.stats["num_masks"]
+            self.kept[summary.name] = ShardEntry(summary.name, split, summary.num_rows, num_masks)
+            self.counts.add_many(split, summary.num_rows, num_masks, summary.stats["class_counts"])
+
+
+def write_results(folder: Storage, tally: Tally, summaries: list[ShardSummary]) -> dict[str, Any]:
     """Write quarantine and index; returns {"splits": images, masks and images of each class, "warnings": [...]}.
 
     Raises ValueError where quarantine has emptied a split.
     """
-    counts, kept, bad = RowCounts(source.classes), [], []
-    for shard, summary in zip(shards, summaries, strict=True):
-        bad += [{**dataclasses.asdict(row), "stage": "prepare"} for row in summary.bad]
-        if summary.num_rows:
-            num_masks = summary.stats["num_masks"]
-            kept.append(ShardEntry(shard.name, shard.split, summary.num_rows, num_masks))
-            counts.add_many(shard.split, summary.num_rows, num_masks, summary.stats["class_counts"])
-    log = ProblemLog()
-    check_counts([shard.split for shard in shards], counts, log, source.file)
+    source, log = tally.source, ProblemLog()
+    check_counts([shard.split for shard in tally.shards], tally.counts, log, source.file)
     if log.has_errors:
         raise ValueError(f"{source.file}: after quarantine: {format_problems(log.problems(), max_shown=_MAX_SHOWN)}")
+    bad = [{**dataclasses.asdict(row), "stage": "prepare"} for summary in summaries for row in summary.bad]
     folder.write_table(QUARANTINE, pa.Table.from_pylist(bad, schemas.QUARANTINE))
-    write_index(folder, source.classes, kept)
-    return {"splits": counts.to_json(), "warnings": [str(problem) for problem in log.problems()]}
+    write_index(folder, source.classes, [tally.kept[shard.name] for shard in tally.shards if shard.name in tally.kept])
+    splits = tally.counts.to_json()
+    splits = {split: splits[split] for split in dict.fromkeys(shard.split for shard in tally.shards)}
+    return {"splits": splits, "warnings": [str(problem) for problem in log.problems()]}

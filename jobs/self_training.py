@@ -30,7 +30,7 @@ from jobs.predict import PredictSettings, PredictWorker
 from jobs.protocol import TAGS, Protocol
 from jobs.train_segmenter import trained_px
 from jobs.training_masks import MaskScores, MaskShard
-from subcat_core.classes import to_class_ids
+from subcat_core.classes import ClassTable, to_class_ids
 from subcat_core.pseudo_mask import MaskSettings, PseudoMask, mask_of_probability
 from subcat_core.settings import Settings
 
@@ -80,17 +80,31 @@ def segmenter_rounds(experiment: Experiment) -> list[SegmenterRound]:
 
 
 class SelfTrainingWorker:
-    """One actor: holds the segmenter, turns a shard of training images with tags into masks and their index."""
+    """One actor: holds the segmenter, turns a shard of training images with tags into masks and their index.
 
-    def __init__(self, *, segmenter: Storage, output: Storage, predict: PredictSettings, mask: MaskSettings) -> None:
+    classes: of the manifest, which knows what values of ground truth to skip; the segmenter's own file does not.
+    """
+
+    def __init__(
+        self,
+        *,
+        segmenter: Storage,
+        output: Storage,
+        classes: ClassTable,
+        predict: PredictSettings,
+        mask: MaskSettings,
+        write_confidence: bool = False,
+    ) -> None:
         self.output = output
+        self.classes = classes
         self.mask = mask
+        self.write_confidence = write_confidence
         self.predictor = PredictWorker(
             segmenter=segmenter, output=output, settings=predict.model_copy(update={"crf": mask.crf})
         )
 
     def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
-        shard = MaskShard(self.output, self.predictor.classes)
+        shard = MaskShard(self.output, self.classes, write_confidence=self.write_confidence)
         for row, image in self.predictor.images(inputs["manifest"]):
             if isinstance(image, BadRow):
                 shard.bad.append(image)
@@ -102,7 +116,7 @@ class SelfTrainingWorker:
 
     def _mask(self, image: np.ndarray, labels: list[int]) -> PseudoMask:
         """Tagged classes and background compete; an image without a tag is background, or where there is none 255."""
-        has_background = self.predictor.classes.has_background
+        has_background = self.classes.has_background
         if labels:
             mask, chosen = self.predictor.predict(image, to_class_ids(np.asarray(labels)).tolist())
         else:
@@ -125,8 +139,10 @@ def run(context: StageContext, manifest: Manifest, segmenter: Artifact, index: i
                 {
                     "segmenter": segmenter.folder,
                     "output": artifact.folder,
+                    "classes": manifest.classes,
                     "predict": experiment.predict,
                     "mask": mask,
+                    "write_confidence": experiment.pseudo_masks.write_confidence,
                 },
                 inputs={"manifest": manifest.folder},
                 columns={"manifest": COLUMNS},
@@ -150,6 +166,7 @@ def run(context: StageContext, manifest: Manifest, segmenter: Artifact, index: i
             "predict": experiment.predict.views(),
             "manifest": manifest.fingerprint,
             "segmenter": segmenter.output_fingerprint,
+            **({"write_confidence": True} if experiment.pseudo_masks.write_confidence else {}),
         },
         work=work,
     )

@@ -12,7 +12,7 @@ from cluster.storage import Storage
 from cluster.streams import BadRow, ShardOutput, iter_images
 from jobs.cam_tables import read_cams
 from jobs.tile_images import ImageTiles, by_image, classes_by_image, spread_channels
-from jobs.training_masks import MaskShard
+from jobs.training_masks import MaskShard, encode_confidence, tile_confidence_name, tile_mask_name
 from subcat_core.cam import upsample_cam
 from subcat_core.classes import BACKGROUND, ClassTable, to_class_ids
 from subcat_core.images import ImageError, encode_mask
@@ -30,16 +30,25 @@ class TileMaskWorker:
     tile, for a segmenter that trains on tiles. An image one of whose tiles cannot be used is bad as a whole.
     """
 
-    def __init__(self, *, output: Storage, classes: ClassTable, settings: PseudoMaskSettings, cut: bool) -> None:
+    def __init__(
+        self,
+        *,
+        output: Storage,
+        classes: ClassTable,
+        settings: PseudoMaskSettings,
+        cut: bool,
+        write_confidence: bool = False,
+    ) -> None:
         self.output = output
         self.classes = classes
         self.settings = settings
         self.cut = cut
+        self.write_confidence = write_confidence
 
     def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
         cams = read_cams(inputs["cams"])
         classes_of = classes_by_image(inputs["manifest"])
-        shard = MaskShard(self.output, self.classes)
+        shard = MaskShard(self.output, self.classes, write_confidence=self.write_confidence)
         for group in by_image(inputs["manifest"], inputs["images"]):
             row = group.image
             try:
@@ -78,12 +87,15 @@ class TileMaskWorker:
             yield tile["y_px"], tile["x_px"], spread_channels(probability, found.tolist(), ids.tolist())
 
     def _write_tiles(self, group: ImageTiles, pseudo: PseudoMask) -> None:
-        """The PNG of every tile of an image."""
+        """The PNG of every tile of an image, and of its confidence where asked for."""
         for tile in group.tiles.to_pylist():
-            y, x = tile["y_px"], tile["x_px"]
-            part = pseudo.mask[y : y + tile["height_px"], x : x + tile["width_px"]]
-            name = tile_mask_name(tile["image_id"])
-            self.output.write_bytes(name, encode_mask(part, self.classes.flat_palette()))
+            y, x, tile_id = tile["y_px"], tile["x_px"], tile["image_id"]
+            part = slice(y, y + tile["height_px"]), slice(x, x + tile["width_px"])
+            self.output.write_bytes(
+                tile_mask_name(tile_id), encode_mask(pseudo.mask[part], self.classes.flat_palette())
+            )
+            if self.write_confidence:
+                self.output.write_bytes(tile_confidence_name(tile_id), encode_confidence(pseudo.chosen[part]))
 
 
 def maps_of_image(tiles: pa.Table, cams: pa.Table) -> tuple[list[int], np.ndarray] | None:
@@ -108,8 +120,3 @@ def maps_of_image(tiles: pa.Table, cams: pa.Table) -> tuple[list[int], np.ndarra
 
     bands = [band.maps for band in stitch(maps(), len(classes), height, width)]
     return classes, np.concatenate(bands, axis=1)
-
-
-def tile_mask_name(tile_id: str) -> str:
-    """Where the pseudo mask of a tile lies below the stage's folder."""
-    return f"tiles/{tile_id}.png"

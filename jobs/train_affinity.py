@@ -20,6 +20,7 @@ from cluster.artifacts import Artifact
 from cluster.storage import Storage, read_uri
 from cluster.tracking import ChildRun
 from cluster.training import train
+from cluster.training_rows import write_rows
 from jobs.affinity_settings import AffinitySettingsOfAKind, IrnStageSettings, PsaStageSettings
 from jobs.context import StageContext, complete, training_stats, warn_of_loss
 from jobs.joins import with_column
@@ -144,9 +145,12 @@ def run(context: StageContext, manifest: Manifest, labels: Artifact) -> Artifact
     assert settings is not None
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
-        names = manifest.shard_names("train")
-        tables = [labels.folder.read_table(f"{name}.parquet", ["image_id", "label_uri"]) for name in names]
-        rows = with_column(manifest.rows("train", ["image_id", "uri"]), pa.concat_tables(tables), "label_uri")
+        def with_labels(name: str, rows: pa.Table) -> pa.Table:
+            table = labels.folder.read_table(f"{name}.parquet", ["image_id", "label_uri"])
+            return with_column(rows, table, "label_uri")
+
+        joined = manifest.joined("train", ["image_id", "uri"], with_labels)
+        rows = write_rows(artifact.folder, "rows.arrow", joined)
         total = settings.optimiser.length(rows.num_rows).num_images
         with context.progress.stage("train affinity net", total=total, unit="images") as bar:
             result = train(

@@ -8,6 +8,7 @@ Runs on: Ray Train workers, data-parallel; in process with classifier.compute.nu
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from cluster.artifacts import Artifact
 from cluster.storage import Storage, read_uri
 from cluster.tracking import ChildRun
 from cluster.training import OptimiserSettings, TrainComputeSettings, train
+from cluster.training_rows import write_rows
 from jobs.context import StageContext, complete, round_folder, training_stats, warn_of_loss
 from jobs.joins import one_row_an_image, with_column
 from jobs.manifest import Manifest
@@ -33,6 +35,8 @@ from subcat_core.losses import guess_loss, joint_loss
 from subcat_core.metrics import average_precision
 from subcat_core.settings import Settings
 from subcat_core.subcategories import soft_subcategory_targets, subcategory_targets
+
+_COLUMNS = ["image_id", "uri", "labels"]
 
 
 class ClassifierSettings(Settings):
@@ -156,8 +160,7 @@ def run(
         previous = None
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
-        rows = manifest.rows("train", columns=["image_id", "uri", "labels"])
-        num_clusters, head = 0, None
+        num_clusters, head, join = 0, None, None
         if subcategories is not None:
             num_clusters = subcategories.folder.read_json("result.json")["num_clusters"]
             folder, column = subcategories.folder, "cluster_ids"
@@ -166,9 +169,7 @@ def run(
                 write_soft_targets(
                     context, manifest, round_index, subcategories.folder, folder, settings.soft_temperature
                 )
-            columns = ["image_id", "labels", column]
-            tables = [folder.read_table(f"{name}.parquet", columns) for name in manifest.shard_names("train")]
-            rows = with_column(rows, one_row_an_image(pa.concat_tables(tables), [column]), column)
+            join = functools.partial(_with_targets, folder, column)
             if previous is not None:
                 names = manifest.shard_names("train")
                 head = previous_head(previous, subcategories.folder, names, manifest.classes.num_classes)
@@ -177,15 +178,16 @@ def run(
                         f"train classifier, round {round_index}: kmeans.num_clusters differs from the round before's; "
                         "the sub-category head starts anew"
                     )
+        rows = write_rows(artifact.folder, "rows.arrow", manifest.joined("train", _COLUMNS, join))
         split = settings.validation_split
-        held_out = split is not None and manifest.shard_names(split)
-        validation = manifest.rows(str(split), columns=["image_id", "uri", "labels"]) if held_out else None
-        if validation is not None:  # rows whose tags are not known are no negatives
-            validation = validation.filter(pc.greater(pc.list_value_length(validation["labels"]), 0))
-        if validation is not None and num_clusters:
-            unknown = pa.array([[0] * len(labels) for labels in validation["labels"].to_pylist()], pa.list_(pa.int32()))
-            validation = validation.append_column("cluster_ids", unknown)
+        validation = None
+        if split is not None and manifest.shard_names(split):
+            tagged = functools.partial(_tagged, with_clusters=num_clusters > 0)
+            validation = write_rows(artifact.folder, "val_rows.arrow", manifest.joined(split, _COLUMNS, tagged))
         title = f"train classifier, round {round_index}"
+        positives = np.zeros(manifest.classes.num_classes, np.int64)
+        for batch in rows.batches():
+            positives += np.bincount(pc.list_flatten(batch["labels"]).to_numpy(), minlength=len(positives))
         total = settings.optimiser.length(rows.num_rows).num_images
         with context.progress.stage(title, total=total, unit="images") as bar:
             result = train(
@@ -202,7 +204,6 @@ def run(
                     {f"train_classifier/{key}": value for key, value in values.items()}, step
                 ),
             )
-        positives = np.bincount(pc.list_flatten(rows["labels"]).to_numpy(), minlength=manifest.classes.num_classes)
         warn_of_loss(context, title, result, guess_loss(positives, rows.num_rows))
         final = {key: value for key, value in result.metrics.items() if isinstance(value, int | float)}
         return {**training_stats(artifact, result), **final}
@@ -221,6 +222,21 @@ def run(
         },
         work=work,
     )
+
+
+def _with_targets(folder: Storage, column: str, name: str, rows: pa.Table) -> pa.Table:
+    """The rows of a shard that have targets in a column of the shard of that name in `folder`, with them."""
+    table = folder.read_table(f"{name}.parquet", ["image_id", "labels", column])
+    return with_column(rows, one_row_an_image(table, [column]), column)
+
+
+def _tagged(name: str, rows: pa.Table, *, with_clusters: bool) -> pa.Table:
+    """Validation rows whose tags are known (the others are no negatives); with_clusters: all cluster ids 0."""
+    rows = rows.filter(pc.greater(pc.list_value_length(rows["labels"]), 0))
+    if not with_clusters:
+        return rows
+    unknown = pa.array([[0] * len(labels) for labels in rows["labels"].to_pylist()], pa.list_(pa.int32()))
+    return rows.append_column("cluster_ids", unknown)
 
 
 def _without_effect(settings: ClassifierSettings, round_index: int) -> dict[str, Any]:

@@ -11,12 +11,11 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from pydantic import Field
 
@@ -24,10 +23,10 @@ from cluster.artifacts import Artifact
 from cluster.storage import Storage, StorageError, read_uri
 from cluster.tracking import ChildRun
 from cluster.training import OptimiserSettings, TrainComputeSettings, train
+from cluster.training_rows import write_rows
 from jobs.context import StageContext, complete, training_stats, warn_of_loss
-from jobs.joins import with_column
 from jobs.manifest import Manifest
-from jobs.tile_masks import tile_mask_name
+from jobs.training_masks import pseudo_mask_rows
 from subcat_core.backbones import input_statistics
 from subcat_core.classes import IGNORE, ClassTable
 from subcat_core.gated_crf import GatedCrfSettings, gated_crf_loss
@@ -53,8 +52,10 @@ class SegmenterStageSettings(Settings):
     """Architecture and training of the segmenter."""
 
     model: SegmenterSettings = SegmenterSettings()
-    loss: Literal["cross_entropy", "soft_bootstrap"] = "cross_entropy"
-    """soft_bootstrap: for masks that may be wrong, the target is mixed with the network's own answer."""
+    loss: Literal["cross_entropy", "confidence", "soft_bootstrap"] = "cross_entropy"
+    """confidence: each pixel counts by the probability of its class in the pseudo mask, which
+    pseudo_masks.write_confidence keeps; full masks are sure. soft_bootstrap: for masks that may be wrong, the target is
+    mixed with the network's own answer."""
     bootstrap_beta: float = Field(default=0.8, gt=0, lt=1)
     """Share of the mask in the target of soft_bootstrap; Reed et al. took 0.95."""
     boundary_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -81,14 +82,20 @@ class SegmenterTrainee:
 
     def make_sample(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         image = decode_image(read_uri(row["uri"]))
-        mask = decode_mask(read_uri(row["mask_uri"]), self.classes.mask_lut())
-        crop, mask_crop = augment(image, self.settings.augment, rng, pad_rgb=self._pad_rgb(), mask=mask)
-        assert mask_crop is not None
-        return {"image": crop, "mask": mask_crop}
+        planes = {"mask": decode_mask(read_uri(row["mask_uri"]), self.classes.mask_lut())}
+        if self.settings.loss == "confidence":
+            planes["confidence"] = decode_mask(read_uri(row["confidence_uri"]), np.arange(256, dtype=np.int16))
+        stacked = np.stack(list(planes.values()), axis=2) if len(planes) > 1 else planes["mask"]
+        crop, cut = augment(image, self.settings.augment, rng, pad_rgb=self._pad_rgb(), mask=stacked)
+        assert cut is not None
+        cut = np.atleast_3d(cut)
+        return {"image": crop, **{name: np.ascontiguousarray(cut[:, :, at]) for at, name in enumerate(planes)}}
 
     def empty_sample(self) -> dict[str, np.ndarray]:
         crop = self.settings.augment.crop_px
-        return {"image": np.zeros((3, crop, crop), np.uint8), "mask": np.full((crop, crop), IGNORE, np.uint8)}
+        names = ["mask"] + (["confidence"] if self.settings.loss == "confidence" else [])
+        nothing = {name: np.full((crop, crop), IGNORE, np.uint8) for name in names}
+        return {"image": np.zeros((3, crop, crop), np.uint8), **nothing}
 
     def loss(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
@@ -96,7 +103,9 @@ class SegmenterTrainee:
         settings = self.settings.model
         logits = model(batch["image"], settings.train_scales)
         beta = self.settings.bootstrap_beta if self.settings.loss == "soft_bootstrap" else 1.0
-        loss = multi_scale_loss(logits, batch["mask"], batch["weight"], loss_at=settings.loss_at, bootstrap_beta=beta)
+        options: dict[str, Any] = {"loss_at": settings.loss_at, "bootstrap_beta": beta}
+        options["confidence"] = batch.get("confidence")
+        loss = multi_scale_loss(logits, batch["mask"], batch["weight"], **options)
         if not self.settings.boundary_weight:
             return loss, {"loss": loss.detach()}
         boundary = gated_crf_loss(logits[0], batch["image"], self._gate(batch), self.settings.boundary)
@@ -152,21 +161,10 @@ def run(
     )
 
 
-def pseudo_mask_rows(manifest: Manifest, pseudo_masks: Artifact, tiles: Manifest | None = None) -> pa.Table:
-    """image_id, uri and mask_uri of the images that have a pseudo mask, or of the tiles of these images."""
-    names = manifest.shard_names("train")
-    masks = pa.concat_tables(
-        [pseudo_masks.folder.read_table(f"{name}.parquet", ["image_id", "mask_uri"]) for name in names]
-    )
-    if tiles is not None:
-        return _rows_of_tiles(tiles, masks, pseudo_masks.folder)
-    return with_column(manifest.rows("train", ["image_id", "uri"]), masks, "mask_uri")
-
-
 def train_on(
     context: StageContext,
     manifest: Manifest,
-    rows: Callable[[], pa.Table],
+    rows: Callable[[], Iterable[pa.Table]],
     *,
     masks: dict[str, Any],
     classes: ClassTable,
@@ -176,15 +174,16 @@ def train_on(
 ) -> Artifact:
     """Train the segmenter of the settings on some masks.
 
-    rows: image_id, uri, mask_uri. masks: what names those masks in the fingerprint. classes: what their values mean.
-    name: the folder to write. The model of the run's own folder, and no other, goes to MLflow.
+    rows: tables of image_id, uri, mask_uri (and confidence_uri). masks: what names those masks in the fingerprint.
+    classes: what their values mean. name: the folder to write. The model of the run's own folder, and no other, goes to
+    MLflow.
     """
     experiment = context.experiment
     settings = experiment.segmenter
     title = stage.replace("_", " ")
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
-        table = rows()
+        table = write_rows(artifact.folder, "rows.arrow", rows())
         artifact.folder.write_json(
             "segmenter.json",
             {
@@ -234,18 +233,12 @@ def fingerprinted(settings: SegmenterStageSettings) -> dict[str, Any]:
     """The settings without those that change no result, and without options that are off."""
     excluded: dict[str, Any] = {"compute": True, "optimiser": {"keep_checkpoints"}}
     if settings.loss == "cross_entropy":
-        excluded |= {"loss": True, "bootstrap_beta": True}
+        excluded["loss"] = True
+    if settings.loss != "soft_bootstrap":
+        excluded["bootstrap_beta"] = True
     if not settings.boundary_weight:
         excluded |= {"boundary_weight": True, "boundary": True}
     return settings.model_dump(mode="json", exclude=excluded)
-
-
-def _rows_of_tiles(tiles: Manifest, masks: pa.Table, folder: Storage) -> pa.Table:
-    """image_id, uri and mask_uri of the tiles of images that have a pseudo mask."""
-    rows = tiles.rows("train", ["image_id", "uri", "parent_id"])
-    rows = rows.filter(pc.is_in(rows["parent_id"], value_set=masks["image_id"].combine_chunks()))
-    uris = [folder.uri(tile_mask_name(tile_id)) for tile_id in rows["image_id"].to_pylist()]
-    return rows.drop_columns(["parent_id"]).append_column("mask_uri", pa.array(uris, pa.string()))
 
 
 def log_model(context: StageContext, manifest: Manifest, folder: Storage) -> None:

@@ -10,6 +10,8 @@ segmenter sees tiles, so does the yardstick, with the full masks cut alike (supe
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +23,7 @@ from jobs import evaluate, predict
 from jobs.context import StageContext
 from jobs.joins import with_column
 from jobs.manifest import Manifest
-from jobs.train_segmenter import pseudo_mask_rows, train_on
+from jobs.train_segmenter import train_on
 from subcat_core.classes import ClassTable
 from subcat_core.settings import Settings
 
@@ -36,23 +38,32 @@ class SupervisedSettings(Settings):
     manifest names, where an image without one is left out."""
 
 
-def full_mask_rows(manifest: Manifest, pseudo_masks: Artifact, settings: SupervisedSettings) -> pa.Table:
-    """image_id, uri and mask_uri of the images that train the segmenter, with their annotated masks."""
-    images = pseudo_mask_rows(manifest, pseudo_masks).drop_columns(["mask_uri"])
-    if settings.masks_folder is not None:
-        folder = Storage(settings.masks_folder)
-        uris = [folder.uri(f"{image_id}.png") for image_id in images["image_id"].to_pylist()]
-        return images.append_column("mask_uri", pa.array(uris, pa.string()))
-    rows = with_column(images, manifest.rows("train", ["image_id", "mask_uri"]), "mask_uri")
-    return rows.filter(pc.is_valid(rows["mask_uri"]))
+def full_mask_rows(manifest: Manifest, pseudo_masks: Artifact, settings: SupervisedSettings) -> Iterator[pa.Table]:
+    """image_id, uri and mask_uri of the images that train the segmenter, with their annotated masks, by shard."""
+    folder = None if settings.masks_folder is None else Storage(settings.masks_folder)
+
+    def with_mask(name: str, rows: pa.Table) -> pa.Table:
+        masks = pseudo_masks.folder.read_table(f"{name}.parquet", ["image_id"])
+        rows = rows.filter(pc.is_in(rows["image_id"], value_set=masks["image_id"].combine_chunks()))
+        if folder is None:
+            return rows.filter(pc.is_valid(rows["mask_uri"]))
+        uris = [folder.uri(f"{image_id}.png") for image_id in rows["image_id"].to_pylist()]
+        return rows.drop_columns(["mask_uri"]).append_column("mask_uri", pa.array(uris, pa.string()))
+
+    return manifest.joined("train", ["image_id", "uri", "mask_uri"], with_mask)
 
 
-def full_mask_tiles(manifest: Manifest, pseudo_masks: Artifact, tiles: Manifest, tile_masks: Artifact) -> pa.Table:
+def full_mask_tiles(tiles: Manifest, pseudo_masks: Artifact, tile_masks: Artifact) -> Iterator[pa.Table]:
     """image_id, uri and mask_uri of the tiles that train the segmenter, with their part of the annotated masks."""
-    rows = pseudo_mask_rows(manifest, pseudo_masks, tiles).drop_columns(["mask_uri"])
-    names = tiles.shard_names("train")
-    masks = pa.concat_tables([tile_masks.folder.read_table(f"{name}.parquet") for name in names])
-    return with_column(rows, masks, "mask_uri")
+
+    def with_mask(name: str, rows: pa.Table) -> pa.Table:
+        masks = pseudo_masks.folder.read_table(f"{name}.parquet", ["image_id"])
+        rows = rows.filter(pc.is_in(rows["parent_id"], value_set=masks["image_id"].combine_chunks()))
+        return with_column(
+            rows.drop_columns(["parent_id"]), tile_masks.folder.read_table(f"{name}.parquet"), "mask_uri"
+        )
+
+    return tiles.joined("train", ["image_id", "uri", "parent_id"], with_mask)
 
 
 def train(
@@ -75,11 +86,15 @@ def train(
         masks["tile_masks"] = tile_masks.output_fingerprint
         classes = ClassTable(classes.names, has_background=classes.has_background)  # they hold class ids
 
-    def rows() -> pa.Table:
+    def rows() -> Iterator[pa.Table]:
         if tiles is None or tile_masks is None:
             return full_mask_rows(manifest, pseudo_masks, settings)
-        return full_mask_tiles(manifest, pseudo_masks, tiles, tile_masks)
+        return full_mask_tiles(tiles, pseudo_masks, tile_masks)
 
+    segmenter = context.experiment.segmenter
+    if segmenter.loss == "confidence":  # full masks are sure
+        sure = segmenter.model_copy(update={"loss": "cross_entropy"})
+        context = dataclasses.replace(context, experiment=context.experiment.model_copy(update={"segmenter": sure}))
     return train_on(
         context,
         manifest,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.artifacts import Artifact
 from cluster.storage import MissingFileError, Storage
@@ -14,6 +15,7 @@ from cluster.streams import BadRow, ShardOutput, ShardSummary
 from cluster.tracking import ChildRun
 from jobs.cam_tables import read_truth
 from jobs.context import stream_stats
+from jobs.joins import with_column
 from jobs.manifest import Manifest
 from jobs.protocol import Protocol
 from jobs.scoring import SplitConfusions, baseline_scores, confusion_scores
@@ -21,30 +23,91 @@ from subcat_core import schemas
 from subcat_core.classes import ClassTable
 from subcat_core.images import ImageError, encode_mask
 from subcat_core.metrics import ConfusionMatrix
-from subcat_core.pseudo_mask import PseudoMask
+from subcat_core.pseudo_mask import PseudoMask, confidence_levels
 
 CONFUSIONS = {"confusion": "", "confusion_before_walk": "before_walk", "confusion_before_crf": "before_crf"}
 """Matrices that a shard may have, and where their scores stand in scores.json below the split ("": the masks' own)."""
+
+_GREY = bytes(level for level in range(256) for _ in range(3))
+
+
+def confidence_name(image_id: str) -> str:
+    """Where the confidence of an image's mask lies below its stage's folder, where it is written."""
+    return f"confidence/{image_id}.png"
+
+
+def encode_confidence(chosen: np.ndarray) -> bytes:
+    """(H, W) float32 in 0..1 -> PNG of 256 grey levels, 255 for 1."""
+    return encode_mask(confidence_levels(chosen), _GREY)
+
+
+def tile_mask_name(tile_id: str) -> str:
+    """Where the pseudo mask of a tile lies below the stage's folder."""
+    return f"tiles/{tile_id}.png"
+
+
+def tile_confidence_name(tile_id: str) -> str:
+    """Where its confidence lies, where it is written."""
+    return f"tile_confidence/{tile_id}.png"
+
+
+def pseudo_mask_rows(manifest: Manifest, pseudo_masks: Artifact, tiles: Manifest | None = None) -> Iterator[pa.Table]:
+    """image_id, uri, mask_uri and confidence_uri (whether such a file was written or not) of the images that have a
+    pseudo mask, or of the tiles of these images, by shard.
+    """
+    folder = pseudo_masks.folder
+
+    def with_mask(name: str, rows: pa.Table) -> pa.Table:
+        masks = folder.read_table(f"{name}.parquet", ["image_id", "mask_uri"])
+        if tiles is not None:
+            return tile_mask_rows(rows, masks, folder)
+        return _with_uris(with_column(rows, masks, "mask_uri"), "confidence_uri", folder, confidence_name)
+
+    if tiles is not None:  # its shards have the names of the manifest's
+        return tiles.joined("train", ["image_id", "uri", "parent_id"], with_mask)
+    return manifest.joined("train", ["image_id", "uri"], with_mask)
+
+
+def tile_mask_rows(rows: pa.Table, masks: pa.Table, folder: Storage) -> pa.Table:
+    """The same of those rows of tiles (image_id, uri, parent_id) whose image is in `masks`; folder: of their stage."""
+    rows = rows.filter(pc.is_in(rows["parent_id"], value_set=masks["image_id"].combine_chunks()))
+    rows = _with_uris(rows.drop_columns(["parent_id"]), "mask_uri", folder, tile_mask_name)
+    return _with_uris(rows, "confidence_uri", folder, tile_confidence_name)
+
+
+def _with_uris(rows: pa.Table, column: str, folder: Storage, name: Callable[[str], str]) -> pa.Table:
+    uris = [folder.uri(name(image_id)) for image_id in rows["image_id"].to_pylist()]
+    return rows.append_column(column, pa.array(uris, pa.string()))
 
 
 class MaskShard:
     """What a worker makes of one shard: PNG files, their index, and matrices where there is ground truth.
 
-    keys: of CONFUSIONS.
+    keys: of CONFUSIONS. write_confidence: a PNG of each pixel's confidence too, beside the masks.
     """
 
-    def __init__(self, output: Storage, classes: ClassTable, keys: Sequence[str] = ("confusion",)) -> None:
+    def __init__(
+        self,
+        output: Storage,
+        classes: ClassTable,
+        keys: Sequence[str] = ("confusion",),
+        *,
+        write_confidence: bool = False,
+    ) -> None:
         self.bad: list[BadRow] = []
         self._output = output
         self._classes = classes
+        self._write_confidence = write_confidence
         self._confusions = {key: ConfusionMatrix(classes.num_classes) for key in keys}
         self._num_scored = 0
         self._made: list[dict[str, Any]] = []
 
     def write(self, image_id: str, pseudo: PseudoMask) -> None:
-        """Write the PNG of one image, and note its row of the index."""
+        """Write the files of one image, and note its row of the index."""
         name = f"png/{image_id}.png"
         self._output.write_bytes(name, encode_mask(pseudo.mask, self._classes.flat_palette()))
+        if self._write_confidence:
+            self._output.write_bytes(confidence_name(image_id), encode_confidence(pseudo.chosen))
         self._made.append(
             {
                 "image_id": image_id,

@@ -9,12 +9,13 @@ from cluster.progress import Progress
 from cluster.runtime import check_shared_storage
 from cluster.storage import Storage
 from cluster.streams import ShardSummary, StreamSettings, map_shards
+from jobs.check_images import CheckMode, CheckWorker
 from jobs.importers import ImportSource, TableSource, open_source, problems
 from jobs.importers.problems import Problem, ProblemLog, format_problems
 from jobs.importers.rows import BadSource, ImportRow, RowCounts, checked_rows
 from jobs.importers.table_file import TABLE_SUFFIXES
 from jobs.manifest import Manifest, open_manifest, write_shards
-from jobs.prepare import RAW_SCHEMA, CheckMode, CheckWorker, PrepareSettings, to_raw
+from jobs.prepare import RAW_SCHEMA, PrepareSettings, to_raw
 
 __all__ = ["Problem", "format_problems", "validate"]
 
@@ -80,6 +81,12 @@ def _validate(
     with progress.stage("read lists", unit="rows") as bar:
         rows = to_raw(checked_rows(source, log, RowCounts(source.classes), needs_tags=needs_tags), bar)
         shards = write_shards(scratch.child("raw"), rows, _ROWS_PER_SHARD, RAW_SCHEMA)
+    places: dict[str, list[tuple[str, int | None]]] = {}
+
+    def keep_places(summary: ShardSummary) -> None:
+        if summary.bad:
+            places[summary.name] = summary.stats["places"]
+
     with progress.stage("check files", total=sum(shard.num_rows for shard in shards), unit="images") as bar:
         summaries = map_shards(
             CheckWorker,
@@ -90,16 +97,13 @@ def _validate(
             settings=stream,
             bar=bar,
             stage="validate",
+            fold=keep_places,
         )
     for summary in summaries:
-        _tell(summary, log)
+        for bad, (file, row) in zip(summary.bad, places.get(summary.name, ()), strict=True):
+            rule, _, message = bad.reason.partition(": ")
+            log.add(rule, message, file, row, bad.image_id)
     return log.problems()
-
-
-def _tell(summary: ShardSummary, log: ProblemLog) -> None:
-    for bad, (file, row) in zip(summary.bad, summary.stats["places"], strict=True):
-        rule, _, message = bad.reason.partition(": ")
-        log.add(rule, message, file, row, bad.image_id)
 
 
 def _manifest_source(manifest: Manifest) -> ImportSource:

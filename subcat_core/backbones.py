@@ -21,7 +21,7 @@ from subcat_core.dilated_nets import timm_net, torchvision_net
 from subcat_core.freezing import freeze_stages
 from subcat_core.own_networks import OWN_NETWORKS
 from subcat_core.settings import Settings
-from subcat_core.token_maps import TokenMaps, build_vit, patch_px
+from subcat_core.token_maps import NOT_NEEDED, TokenMaps, build_vit, patch_px, to_timm
 from subcat_core.weights import LoadReport, ReadUri, StateDict, load_weights
 
 logger = logging.getLogger(__name__)
@@ -124,12 +124,13 @@ def build_backbone(settings: BackboneSettings, *, read_uri: ReadUri | None = Non
     """
     library, name = split_name(settings.name)
     check_output_stride(settings.name, settings.output_stride)
+    is_vit = library == "timm" and patch_px(name) is not None
     if library == "subcat":
         own = OWN_NETWORKS[name]
         net, num_features = own.build(settings.output_stride), own.num_features
     elif library == "torchvision":
         net, num_features = torchvision_net(name, settings.output_stride)
-    elif patch_px(name):
+    elif is_vit:
         net = build_vit(name)
         num_features = int(cast(Any, net).num_features)
     else:
@@ -140,11 +141,12 @@ def build_backbone(settings: BackboneSettings, *, read_uri: ReadUri | None = Non
         read_uri=read_uri,
         from_hub=functools.partial(hub_state, settings.name),
         from_mxnet=OWN_NETWORKS[name].from_mxnet if library == "subcat" else None,
+        convert=functools.partial(to_timm, net) if is_vit else None,
         allowed_unexpected=head_prefixes(settings.name),
     )
     logger.info("%s: %s", settings.name, report.summary())
     freeze_stages(net, settings.frozen_stages, settings.name)
-    if library == "timm" and patch_px(name):
+    if is_vit:
         net = TokenMaps(net)  # only now: weights and stages go by timm's names
     return Backbone(net, settings.name, num_features, settings.output_stride), report
 
@@ -209,7 +211,7 @@ def takes_bgr(name: str) -> bool:
 
 
 def head_prefixes(name: str) -> tuple[str, ...]:
-    """Prefixes of the tensors of the network's own classifier, which a backbone leaves behind."""
+    """Prefixes of the tensors of the network's own classifier and pooling, which a backbone leaves behind."""
     library, network = split_name(name)
     if library == "subcat":
         return OWN_NETWORKS[network].heads
@@ -218,7 +220,7 @@ def head_prefixes(name: str) -> tuple[str, ...]:
     config = timm.models.get_pretrained_cfg(network)
     classifier = (config.classifier if config else None) or "classifier"
     names = (classifier,) if isinstance(classifier, str) else classifier
-    return tuple(f"{prefix}." for prefix in names)
+    return tuple(f"{prefix}." for prefix in names) + (NOT_NEEDED if patch_px(network) else ())
 
 
 def hub_state(name: str, enum: str) -> StateDict:

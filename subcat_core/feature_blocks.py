@@ -7,17 +7,32 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from subcat_core import lloyd
-from subcat_core.kmeans import Assignment, FarRows
+from subcat_core.kmeans import FarRows, Sample
 from subcat_core.schemas import SUBCATEGORIES
 
 Nearest = Callable[[np.ndarray, np.ndarray], np.ndarray]
-_TILE_ROWS = 256  # rows gathered at once: they stay in the second-level cache for search and sums
+_TILE_ROWS = 64  # rows widened at once: they stay in the cache for search and sums
+
+
+@dataclasses.dataclass
+class RunningSums:
+    """Sums of one class that follow the clusters of its rows. sums: (K, D) float64; counts: (K,) int64, both of the
+    caller; inertia and num_changed are those of the pass; magic, magic_of_squares: see lloyd.Grid.
+    """
+
+    sums: np.ndarray
+    counts: np.ndarray
+    magic: float
+    magic_of_squares: float
+    inertia: float = 0.0
+    num_changed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +71,38 @@ class ImageRows:
 class FeatureBlock:
     """The rows of one feature shard file: images by rising image_id; (image, class) pairs index them by class."""
 
-    def __init__(self, name: str, rows: ImageRows, num_classes: int, stored_dtype: str = "float32") -> None:
-        """Raises ValueError naming file and image for NaN, infinity, bad labels or an image that occurs twice."""
+    def __init__(
+        self, name: str, rows: ImageRows, num_classes: int, stored_dtype: str = "float32", spherical: bool = False
+    ) -> None:
+        """Images whose feature is not finite are left out: `bad_image_ids`. float32 features that come in the order of
+        image_id are kept as they are, not copied. spherical: rows are brought to length 1.
+
+        Raises ValueError naming file and image for bad labels or an image that occurs twice.
+        """
         order = np.array(sorted(range(len(rows.image_ids)), key=rows.image_ids.__getitem__), np.int64)
-        rows = rows.taken(order)
+        norms = _norms(rows.features)[order]
+        finite = np.isfinite(norms)
+        if not finite.all():
+            finite |= np.isfinite(rows.features[order]).all(axis=1)
+            if finite.all():
+                raise ValueError(f"{name}: a feature is longer than 1.8e19, expected less; extract this shard again")
+        self.bad_image_ids = [rows.image_ids[i] for i in order[~finite]]
+        """Images left out: their feature holds NaN or infinity."""
+        order = order[finite]
+        if not np.array_equal(order, np.arange(len(rows.image_ids))):
+            rows = rows.taken(order)
         self.name = name
         self.image_ids = rows.image_ids
         self.label_counts = rows.label_counts
-        self.features = _checked_features(name, rows, stored_dtype)
         _check_labels(name, rows, num_classes)
+        self._stored_dtype = stored_dtype
+        features, self.norms = rows.features, norms[finite]
+        if spherical:
+            self._keep(features / np.maximum(self.norms, np.finfo(np.float32).tiny)[:, None])
+        elif features.dtype == stored_dtype:
+            self.features = np.ascontiguousarray(features)
+        else:
+            self._keep(features)
         image_of_pair = np.repeat(np.arange(len(rows.image_ids)), rows.label_counts)
         self.by_class = np.argsort(rows.label_values, kind="stable")
         self.pair_rows = image_of_pair[self.by_class]
@@ -78,6 +116,28 @@ class FeatureBlock:
     @property
     def dimension(self) -> int:
         return int(self.features.shape[1])
+
+    def turn(self, axes: np.ndarray) -> None:
+        """Keep the rows times axes (d, D) float32 from here on, and not the rows."""
+        points = np.empty((len(self.image_ids), len(axes)), np.float32)
+        for part, features, places in self._tiles(np.arange(len(points))):
+            lloyd.project(features, places, axes, points[part])
+        self._keep(points)
+
+    def spill(self) -> None:
+        """Move the rows to a nameless file in the temporary folder, mapped into memory; it ends with the process."""
+        if self.features.nbytes:
+            with tempfile.TemporaryFile() as file:
+                file.write(self.features.data)
+                file.flush()
+                mapped = np.memmap(file, self.features.dtype, "r+", shape=self.features.shape)
+            self.features = np.asarray(mapped)
+
+    def _keep(self, features: np.ndarray) -> None:
+        """Cache features (n, D) as `stored_dtype`, with the norms of what is cached."""
+        self.features = _stored(self.name, self.image_ids, features, self._stored_dtype)
+        tiles = self._tiles(np.arange(len(features)), gathered=True)
+        self.norms = np.concatenate([np.empty(0, np.float32), *(_norms(tile) for _, tile, _ in tiles)])
 
     @property
     def counts(self) -> np.ndarray:
@@ -94,37 +154,57 @@ class FeatureBlock:
             self._hashes = {rng_seed: image_hashes(self.image_ids, rng_seed)}
         return self._hashes[rng_seed][self.pair_rows[self.pairs(class_index)]]
 
-    def assign(self, centroids: np.ndarray, classes: np.ndarray, nearest: Nearest) -> Assignment:
-        """As FeatureShard.assign, for the rows of this block: always tile after tile of one class."""
-        found = Assignment.zeros(len(classes), centroids.shape[1], self.dimension)
-        tile = np.empty((_TILE_ROWS, self.dimension), self.features.dtype)
-        for i, class_index in enumerate(classes):
-            alive = np.ascontiguousarray(centroids[i, ~np.isnan(centroids[i, :, 0])])
-            pairs = self.pairs(int(class_index))
-            for start in range(pairs.start, pairs.stop, _TILE_ROWS):
-                part = slice(start, min(start + _TILE_ROWS, pairs.stop))
-                rows = tile[: part.stop - part.start]
-                np.take(self.features, self.pair_rows[part], axis=0, out=rows, mode="clip")
-                rows = rows.astype(np.float32, copy=False)
-                inertia, num_changed = lloyd.accumulate(
-                    rows,
-                    nearest(rows, alive),
-                    alive,
-                    self.clusters[part],
-                    self.distances[part],
-                    found.sums[i],
-                    found.counts[i],
-                )
-                found.inertia[i] += inertia
-                found.num_changed[i] += num_changed
-        return found
+    def sample(self, class_index: int, max_hash: int, rng_seed: int, axes: np.ndarray | None) -> Sample:
+        """As FeatureShard.sample, for the rows of this block, in their order."""
+        keys = self.hashes(class_index, rng_seed)
+        chosen = np.flatnonzero(keys <= np.uint64(max_hash))
+        rows = self.pair_rows[self.pairs(class_index)][chosen]
+        if axes is None:
+            return Sample(keys[chosen], self.rows(rows))
+        points = np.empty((len(rows), len(axes)), np.float32)
+        for part, features, places in self._tiles(rows):
+            lloyd.project(features, places, axes, points[part])
+        return Sample(keys[chosen], points)
+
+    def assign(self, class_index: int, targets: lloyd.Targets, sums: RunningSums, nearest: Nearest | None) -> None:
+        """Give the rows of a class the nearest of its centroids, and bring `sums` to that. nearest: on a GPU."""
+        pairs = self.pairs(class_index)
+        for part, features, places in self._tiles(self.pair_rows[pairs], gathered=nearest is not None):
+            own = slice(pairs.start + part.start, pairs.start + part.stop)
+            state = (self.clusters[own], self.distances[own], sums.sums, sums.counts)
+            grid = (sums.magic, sums.magic_of_squares)
+            if nearest is not None:
+                found = nearest(features, targets.centroids)
+                inertia, num_changed = lloyd.settle(features, places, found, targets.centroids, *state, *grid)
+            else:
+                norms = self.norms if features is self.features else self.norms[self.pair_rows[own]]
+                aim = (targets.centroids, targets.shifted, targets.offsets, targets.bound, targets.slack)
+                inertia, num_changed = lloyd.assign_rows(features, norms, places, *aim, *state, *grid)
+            sums.inertia += inertia
+            sums.num_changed += num_changed
+
+    def _tiles(self, rows: np.ndarray, gathered: bool = False) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """(part of rows, features (m, D) float32, places (n,) of the part in them); all at once for float32."""
+        if self.features.dtype == np.float32 and not gathered:
+            yield slice(0, len(rows)), self.features, rows
+            return
+        for start in range(0, len(rows), _TILE_ROWS):
+            part = slice(start, min(start + _TILE_ROWS, len(rows)))
+            yield part, self.rows(rows[part]), np.arange(part.stop - start)
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """(n, D) float32 of the images at `rows` (n,), copied."""
+        taken = self.features[rows]
+        if taken.dtype == np.uint16:  # bfloat16: the upper half of a float32
+            return (taken.astype(np.uint32) << 16).view(np.float32)
+        return taken.astype(np.float32, copy=False)
 
     def farthest(self, class_index: int, num_rows: int) -> FarRows:
         pairs = self.pairs(class_index)
         order = np.argsort(-self.distances[pairs], kind="stable")[:num_rows] + pairs.start
         rows = self.pair_rows[order]
         image_ids = [self.image_ids[i] for i in rows]
-        return FarRows(self.distances[order], image_ids, self.features[rows].astype(np.float32))
+        return FarRows(self.distances[order], image_ids, self.rows(rows))
 
     def table(self) -> pa.Table:
         """The sub-categories of the images of this block, of schema SUBCATEGORIES."""
@@ -140,19 +220,30 @@ class FeatureBlock:
         return pa.Table.from_arrays(columns, schema=SUBCATEGORIES)
 
 
-def _checked_features(name: str, rows: ImageRows, stored_dtype: str) -> np.ndarray:
+def _stored(name: str, image_ids: Sequence[str], features: np.ndarray, stored_dtype: str) -> np.ndarray:
+    """(n, D) features as they are cached; bfloat16 as uint16, rounded to the nearest."""
+    if stored_dtype == "bfloat16":
+        bits = np.ascontiguousarray(features, np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     with np.errstate(over="ignore"):
-        features = np.ascontiguousarray(rows.features, dtype=stored_dtype)
-    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-    if len(bad):
-        overflow = np.isfinite(rows.features[bad[0]]).all()
-        found = "a value beyond float16" if overflow else "NaN or infinity"
-        remedy = "cache rows as float32" if overflow else "extract the features of this shard again"
-        raise ValueError(
-            f"{name}: image_id {rows.image_ids[bad[0]]!r} has {found} in its feature ({len(bad)} such rows), "
-            f"expected finite numbers; {remedy}"
-        )
-    return features
+        stored = np.ascontiguousarray(features, dtype=stored_dtype)
+    if stored_dtype == "float16" and features.dtype != np.float16:
+        bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
+        if len(bad):
+            raise ValueError(
+                f"{name}: image_id {image_ids[bad[0]]!r} has a value beyond float16 in its feature ({len(bad)} such "
+                "rows), expected at most 65504; cache rows as float32 or bfloat16"
+            )
+    return stored
+
+
+def _norms(features: np.ndarray) -> np.ndarray:
+    """(n,) float32 Euclidean norms of features (n, D); not finite where a value is not."""
+    norms = np.empty(len(features), np.float32)
+    for start in range(0, len(features), _TILE_ROWS):
+        tile = features[start : start + _TILE_ROWS].astype(np.float32, copy=False)
+        norms[start : start + _TILE_ROWS] = np.sqrt(np.einsum("nd,nd->n", tile, tile))
+    return norms
 
 
 def _check_labels(name: str, rows: ImageRows, num_classes: int) -> None:
@@ -184,10 +275,3 @@ def image_hashes(image_ids: Sequence[str], rng_seed: int) -> np.ndarray:
     key = str(rng_seed).encode()
     digests = b"".join(hashlib.blake2b(image_id.encode(), digest_size=8, key=key).digest() for image_id in image_ids)
     return np.frombuffer(digests, "<u8").astype(np.uint64)
-
-
-def nearest_numba(rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """(n,) int32 nearest of centroids (K, D) float32 for rows (n, D) float32, by the compiled loop."""
-    found = np.empty(len(rows), np.int32)
-    lloyd.nearest(rows, centroids, found)
-    return found

@@ -117,8 +117,10 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W) uint8 class ids -> (height, width), nearest neighbour by Pillow's rule (centres, not corners)."""
-    if mask.shape == (height, width):
+    """(H, W) or (H, W, 2..4) uint8 class ids -> (height, width, ...), nearest neighbour by Pillow's rule: centres, not
+    corners.
+    """
+    if mask.shape[:2] == (height, width):
         return mask
     return np.array(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
 
@@ -138,13 +140,13 @@ def augment(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """One training crop: resize, flip, crop at a random place, colour jitter, padding.
 
-    image: (H, W, 3) uint8 RGB. mask: (H, W) uint8 class ids, or None. pad_rgb: the backbone's mean colour, so that
-    padding is zero after normalisation (authors' code). Returns (3, crop, crop) uint8 and the mask's (crop, crop)
-    uint8, padded with IGNORE. Deterministic for a given rng. The authors jitter the whole image before they crop; here
-    the crop is jittered, before padding.
+    image: (H, W, 3) uint8 RGB. mask: (H, W) uint8 class ids, or None; with more values of each pixel (H, W, 2..4).
+    pad_rgb: the backbone's mean colour, so that padding is zero after normalisation (authors' code). Returns
+    (3, crop, crop) uint8 and the mask's (crop, crop, ...) uint8, padded with IGNORE. Deterministic for a given rng. The
+    authors jitter the whole image before they crop; here the crop is jittered, before padding.
     """
-    if mask is not None and mask.shape != image.shape[:2]:
-        raise ValueError(f"mask of {mask.shape} px for an image of {image.shape[:2]} px; expected the same size")
+    if mask is not None and mask.shape[:2] != image.shape[:2]:
+        raise ValueError(f"mask of {mask.shape[:2]} px for an image of {image.shape[:2]} px; expected the same size")
     if settings.scales is None:
         side_px = int(rng.integers(settings.resize_min_px, settings.resize_max_px + 1))
         height, width = _resized_size(image.shape[0], image.shape[1], side_px, settings.resize_side)
@@ -167,7 +169,7 @@ def augment(
     planes = np.ascontiguousarray(crop.transpose(2, 0, 1))
     if mask is None:
         return planes, None
-    mask_crop = np.full((settings.crop_px, settings.crop_px), IGNORE, np.uint8)
+    mask_crop = np.full((settings.crop_px, settings.crop_px, *mask.shape[2:]), IGNORE, np.uint8)
     mask_crop[to_y, to_x] = cut(resize_mask(mask, height, width))
     return planes, mask_crop
 

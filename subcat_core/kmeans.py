@@ -10,41 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
 
+from subcat_core.kmeans_result import KMeansResult
+from subcat_core.kmeans_settings import KMeansSettings
 from subcat_core.seeding import seed_centroids
-from subcat_core.settings import Settings
 
 OnPass = Callable[[int, float, int], None]
 TableSink = Callable[[str, pa.Table], None]
 
 
-class KMeansSettings(Settings):
-    """How each parent class is split into sub-categories."""
-
-    num_clusters: int = Field(default=10, ge=1, le=1024)
-    """K: sub-categories of each parent class; a class with fewer rows gets fewer."""
-    num_restarts: int = Field(default=10, ge=1)
-    """k-means++ starts in the projected space; the one of lowest inertia goes on."""
-    max_passes: int = Field(default=50, ge=1)
-    """Exact passes over all rows, at most; they stop earlier when no row changes its cluster."""
-    sample_rows_per_class: int = Field(default=16384, ge=256)
-    """Rows of a class that the restarts see; also bounds the driver's memory (times D times 4 bytes)."""
-    projection_dims: int = Field(default=64, ge=1)
-    """Principal components the restarts work in."""
-    stored_dtype: Literal["float32", "float16"] = "float32"
-    """How rows are cached while clustering; float16 halves the memory, sums stay float64."""
-    search: Literal["faiss", "numba"] = "faiss"
-    """What finds the nearest centroid of a row: faiss (CPU or GPU), or the compiled loop of feature_blocks.py."""
-
-
 @dataclasses.dataclass
 class Sample:
-    """Rows of one class. hashes: (n,) uint64, ascending; features: (n, D) float32."""
+    """Rows of one class. hashes: (n,) uint64, ascending; features: (n, D) float32, or (n, d) on some axes."""
 
     hashes: np.ndarray
     features: np.ndarray
@@ -119,8 +100,11 @@ class FeatureShard(Protocol):
         """D."""
         ...
 
-    def sample(self, class_index: int, max_hash: int, rng_seed: int) -> Sample:
-        """The rows of a class whose hash of (rng_seed, image_id) is at most max_hash (0..2**64-1)."""
+    def sample(self, class_index: int, max_hash: int, rng_seed: int, axes: np.ndarray | None = None) -> Sample:
+        """The rows of a class whose hash of (rng_seed, image_id) is at most max_hash (0..2**64-1).
+
+        axes: (d, D) float32; with them, the rows times the axes are handed out, and not the rows.
+        """
         ...
 
     def assign(self, centroids: np.ndarray, classes: np.ndarray) -> Assignment:
@@ -140,92 +124,119 @@ class FeatureShard(Protocol):
 
 
 @dataclasses.dataclass
-class KMeansResult:
-    """Centroids and what the last pass found with them.
+class KMeansState:
+    """All that is needed to go on after a pass, besides the rows; its size does not depend on their number.
 
-    centroids: (C, K, D) float32, NaN where a cluster does not exist (always the last ones of a class).
-    counts: (C, K) int64. inertia: (C,) float64. balance: (C,) float64 in 0..1, entropy of the cluster sizes over
-    log(number of clusters possible), 1 for a class of fewer than two rows. history: (num_passes,) float64, total
-    inertia of each pass. converged: no row would change in another pass. peak_rss_bytes: of the largest process that
-    took part, 0 where nobody measured it.
+    centroids: (C, K, D) float32 of the next pass; assigned: (C, K, D) float32, those that the rows were given last.
+    wanted: (C,) int64 clusters of each class; moving: (A,) int64 classes of the next pass. counts, inertia, history: as
+    in KMeansResult.
     """
 
     centroids: np.ndarray
+    assigned: np.ndarray
+    wanted: np.ndarray
+    moving: np.ndarray
     counts: np.ndarray
     inertia: np.ndarray
-    balance: np.ndarray
     history: np.ndarray
-    converged: bool
-    peak_rss_bytes: int = 0
 
-    @property
-    def num_passes(self) -> int:
-        return len(self.history)
 
-    @property
-    def num_clusters(self) -> np.ndarray:
-        """(C,) int64: clusters of each class that hold a row."""
-        return (self.counts > 0).sum(axis=1)
+class Checkpoint(Protocol):
+    """Keeps the state of the last pass, so that a lost driver or actor costs one pass."""
 
-    def summary(self) -> dict[str, Any]:
-        """JSON-able numbers for markers, MLflow and the report; no centroids."""
-        return {
-            "inertia": float(self.inertia.sum()),
-            "inertia_by_class": self.inertia.tolist(),
-            "num_passes": self.num_passes,
-            "converged": self.converged,
-            "history": self.history.tolist(),
-            "cluster_sizes": self.counts.tolist(),
-            "balance_by_class": self.balance.tolist(),
-            "balance": float(self.balance.mean()) if len(self.balance) else 1.0,
-        }
+    def load(self) -> KMeansState | None:
+        """What was saved last by a run of the same rows and settings; None where there is nothing."""
+        ...
+
+    def save(self, state: KMeansState) -> None: ...
 
 
 def kmeans(
-    shard: FeatureShard, settings: KMeansSettings, *, rng_seed: int = 0, on_pass: OnPass | None = None
+    shard: FeatureShard,
+    settings: KMeansSettings,
+    *,
+    rng_seed: int = 0,
+    on_pass: OnPass | None = None,
+    num_clusters: np.ndarray | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> KMeansResult:
     """Cluster the rows of every class of `shard`.
 
-    rng_seed (>= 0) chooses the sample and the k-means++ draws; every class has its own generator.
-    on_pass(pass_index, total inertia, rows that changed) is called after each exact pass. The rows' clusters stay in
-    the shard (`write_labels`) and always belong to the centroids of the result.
+    rng_seed (>= 0) chooses the sample and the k-means++ draws; every class has its own generator. num_clusters: (C,)
+    clusters of each class, at most K (`KMeansSettings.clusters_of`); None: K. on_pass(pass_index, total inertia, rows
+    that changed) is called after each exact pass. The rows' clusters stay in the shard (`write_labels`) and always
+    belong to the centroids of the result. With a checkpoint it goes on where another call stopped, to the same bits.
     """
-    rows = shard.counts
-    shape = (len(rows), settings.num_clusters)
-    centroids = seed_centroids(shard, settings, rng_seed)
-    counts, inertia = np.zeros(shape, np.int64), np.zeros(len(rows))
-    wanted = np.minimum(rows, settings.num_clusters)
-    moving = np.flatnonzero(rows)
-    history: list[float] = []
-    while moving.size:
-        found = shard.assign(centroids[moving], moving)
-        counts[moving], inertia[moving] = found.counts, found.inertia
-        history.append(float(inertia.sum()))
+    state = checkpoint.load() if checkpoint is not None else None
+    if state is None:
+        state = _start(shard, settings, rng_seed, num_clusters)
+    elif len(state.history):  # rows forgot their clusters: give them those of the last pass again
+        present = np.flatnonzero(shard.counts)
+        shard.assign(state.assigned[present], present)
+    while state.moving.size and len(state.history) < settings.max_passes:
+        num_changed = _one_pass(shard, settings, state)
         if on_pass is not None:
-            on_pass(len(history) - 1, history[-1], int(found.num_changed.sum()))
-        if len(history) == settings.max_passes:
-            # Rows were assigned to these centroids; moving them once more would leave labels of other centroids behind.
-            moving = np.array([c for i, c in enumerate(moving) if found.num_changed[i] or len(history) == 1], np.int64)
-            break
-        goes_on = [
-            _update_class(shard, centroids, wanted, int(c), found, i, first_pass=len(history) == 1)
-            for i, c in enumerate(moving)
-        ]
-        moving = moving[np.array(goes_on, bool)]
+            on_pass(len(state.history) - 1, float(state.history[-1]), num_changed)
+        if checkpoint is not None:
+            checkpoint.save(state)
+    possible = np.minimum(shard.counts, _clusters_at_most(shard.counts, settings, num_clusters))
     return KMeansResult(
-        centroids, counts, inertia, _balance(counts, rows), np.array(history), converged=not moving.size
+        state.assigned,
+        state.counts,
+        state.inertia,
+        _balance(state.counts, possible),
+        state.history,
+        converged=not state.moving.size,
     )
+
+
+def _clusters_at_most(rows: np.ndarray, settings: KMeansSettings, num_clusters: np.ndarray | None) -> np.ndarray:
+    """(C,) int64: what settings allow for classes of `rows` (C,) rows."""
+    allowed = np.full(len(rows), settings.num_clusters) if num_clusters is None else num_clusters
+    return np.minimum(allowed, np.maximum(1, rows // settings.min_rows_per_cluster))
+
+
+def _start(
+    shard: FeatureShard, settings: KMeansSettings, rng_seed: int, num_clusters: np.ndarray | None
+) -> KMeansState:
+    rows = shard.counts
+    wanted = np.minimum(rows, _clusters_at_most(rows, settings, num_clusters))
+    centroids = seed_centroids(shard, settings, rng_seed, wanted)
+    if settings.spherical:
+        centroids = _of_length_one(centroids)
+    counts = np.zeros((len(rows), settings.num_clusters), np.int64)
+    unassigned = np.full_like(centroids, np.nan)
+    return KMeansState(
+        centroids, unassigned, wanted, np.flatnonzero(rows), counts, np.zeros(len(rows)), np.empty(0, np.float64)
+    )
+
+
+def _one_pass(shard: FeatureShard, settings: KMeansSettings, state: KMeansState) -> int:
+    """Assign the rows of the moving classes, then move their centroids; returns how many rows changed."""
+    first_pass, moving = not len(state.history), state.moving
+    found = shard.assign(state.centroids[moving], moving)
+    state.assigned[moving] = state.centroids[moving]
+    before = state.inertia[moving]
+    state.counts[moving], state.inertia[moving] = found.counts, found.inertia
+    state.history = np.append(state.history, state.inertia.sum())
+    settled = before - found.inertia <= settings.tolerance * before if settings.tolerance else found.num_changed == 0
+    goes_on = [
+        _update_class(shard, settings, state, int(c), found, i, settled=bool(settled[i]) and not first_pass)
+        for i, c in enumerate(moving)
+    ]
+    state.moving = moving[np.array(goes_on, bool)]
+    return int(found.num_changed.sum())
 
 
 def _update_class(
     shard: FeatureShard,
-    centroids: np.ndarray,
-    wanted: np.ndarray,
+    settings: KMeansSettings,
+    state: KMeansState,
     class_index: int,
     found: Assignment,
     position: int,
     *,
-    first_pass: bool,
+    settled: bool,
 ) -> bool:
     """Move the centroids of one class to the means of their rows, in place; returns whether it needs another pass.
 
@@ -234,23 +245,34 @@ def _update_class(
     """
     counts = found.counts[position]
     filled = np.flatnonzero(counts)
-    if not first_pass and not found.num_changed[position] and len(filled) >= wanted[class_index]:
+    if settled and len(filled) >= state.wanted[class_index]:
         return False
     means = (found.sums[position, filled] / counts[filled, None]).astype(np.float32)
-    missing = int(wanted[class_index]) - len(filled)
+    if settings.spherical:
+        means = _of_length_one(means)
+    missing = int(state.wanted[class_index]) - len(filled)
     if missing > 0:
         far = shard.farthest(class_index, missing)
         off_centre = far.distances > 0
         if not off_centre.any():
-            wanted[class_index] = len(filled)
+            state.wanted[class_index] = len(filled)
         means = np.concatenate([means, far.features[off_centre]])
-    centroids[class_index] = np.nan
-    centroids[class_index, : len(means)] = means
+    state.centroids[class_index] = np.nan
+    state.centroids[class_index, : len(means)] = means
     return True
 
 
+def _of_length_one(centroids: np.ndarray) -> np.ndarray:
+    """centroids (..., D), each divided by its norm; zeros stay."""
+    norms = np.linalg.norm(centroids, axis=-1, keepdims=True)
+    return (centroids / np.where(norms > 0, norms, 1)).astype(np.float32)
+
+
 def _balance(counts: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """(C,) normalised entropy of cluster sizes: 1 when all are equal, 0 when one cluster took everything."""
+    """(C,) normalised entropy of cluster sizes: 1 when all are equal, 0 when one cluster took everything.
+
+    rows: (C,) rows, or clusters possible, of each class.
+    """
     balance = np.ones(len(counts))
     for class_index, sizes in enumerate(counts):
         possible = min(int(rows[class_index]), len(sizes))

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from subcat_core.feature_blocks import image_hashes
 from subcat_core.kmeans import Assignment, FarRows, Sample, TableSink
+from subcat_core.lloyd import project
 from subcat_core.schemas import SUBCATEGORIES
 
 _TILE_ROWS = 64
@@ -43,11 +44,16 @@ class NumpyShard:
     def dimension(self) -> int:
         return int(self._features.shape[1])
 
-    def sample(self, class_index: int, max_hash: int, rng_seed: int) -> Sample:
+    def sample(self, class_index: int, max_hash: int, rng_seed: int, axes: np.ndarray | None = None) -> Sample:
         rows = self._rows[class_index]
         hashes = image_hashes([self._image_ids[i] for i in rows], rng_seed)
         order = [i for i in np.argsort(hashes, kind="stable") if int(hashes[i]) <= max_hash]
-        return Sample(hashes[order], self._features[rows[order]].astype(np.float32))
+        features = self._features[rows[order]].astype(np.float32)
+        if axes is not None:
+            points = np.empty((len(order), len(axes)), np.float32)
+            project(features, np.arange(len(order)), axes, points)
+            features = points
+        return Sample(hashes[order], features)
 
     def assign(self, centroids: np.ndarray, classes: np.ndarray) -> Assignment:
         found = Assignment.zeros(*centroids.shape)

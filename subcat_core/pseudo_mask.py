@@ -50,13 +50,15 @@ class PseudoMaskSettings(MaskSettings):
 class PseudoMask:
     """The pseudo mask of one image.
 
-    mask: (H, W) uint8 class ids, IGNORE where unsure. labels: the same before IGNORE, for scoring. confidence: mean
-    probability of the chosen class over pixels that are not IGNORE, 0 where there are none. coverage_frac: foreground
-    pixels / all pixels. ignore_frac: IGNORE pixels / all pixels. class_ids: foreground ids in the mask, ascending.
+    mask: (H, W) uint8 class ids, IGNORE where unsure. labels: the same before IGNORE, for scoring. chosen: (H, W)
+    float32, the probability of each pixel's label. confidence: its mean over pixels that are not IGNORE, 0 where there
+    are none. coverage_frac: foreground pixels / all pixels. ignore_frac: IGNORE pixels / all pixels. class_ids:
+    foreground ids in the mask, ascending.
     """
 
     mask: np.ndarray
     labels: np.ndarray
+    chosen: np.ndarray
     confidence: float
     coverage_frac: float
     ignore_frac: float
@@ -142,11 +144,17 @@ def mask_of_probability(
     return PseudoMask(
         mask,
         labels,
+        chosen,
         confidence=float(sure.mean(dtype=np.float64)) if sure.size else 0.0,
         coverage_frac=float(foreground.mean()),
         ignore_frac=float(unsure.mean()),
         class_ids=tuple(int(value) for value in np.unique(mask[foreground])),
     )
+
+
+def confidence_levels(chosen: np.ndarray) -> np.ndarray:
+    """(H, W) float32 probabilities in 0..1 -> uint8, 255 for 1, by which pixels may count in the segmenter's loss."""
+    return np.rint(chosen * 255).clip(0, 255).astype(np.uint8)
 
 
 def labels_of_scores(scores: np.ndarray, class_indices: Sequence[int] | np.ndarray) -> np.ndarray:

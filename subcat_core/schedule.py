@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# The last two are of timm's Eva, which DINOv3 is one of.
+_BIASES = ("bias", "q_bias", "v_bias")
+
 
 def poly_factor(step: int, total_steps: int, power: float) -> float:
     """(1 - step / total_steps) ** power, for the learning rate of update `step` = 0, 1, ...; 0 from total_steps on."""
@@ -36,7 +39,7 @@ def parameter_groups(
             params = [
                 parameter
                 for name, parameter in named
-                if parameter.requires_grad and (name.rsplit(".", 1)[-1] == "bias") == biases
+                if parameter.requires_grad and (name.rsplit(".", 1)[-1] in _BIASES) == biases
             ]
             groups.append(
                 {

@@ -1,8 +1,8 @@
-"""Where k-means starts: k-means++ with restarts on a sample of each class, in the space of its principal components.
+"""Where k-means starts: restarts on a sample of each class, in the space of principal axes that all classes share.
 
-Legend: n sample rows of one class, D feature dimensions, d projected dimensions, K clusters.
-Source: Arthur and Vassilvitskii 2007 (k-means++, greedy variant as in scikit-learn); Makarychev et al. 2019 (a
-projection to few dimensions keeps the cost of every clustering); Halko et al. 2011 (randomised range finder).
+Legend: n sample rows of one class, D feature dimensions, d projected dimensions, K clusters, C classes.
+Source: Makarychev et al. 2019 (a projection to few dimensions keeps the cost of every clustering); Halko et al. 2011
+(randomised range finder); restarts.py.
 """
 
 from __future__ import annotations
@@ -12,33 +12,83 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from subcat_core.lloyd import accumulate, move_single_rows, nearest
+from subcat_core.restarts import best_start
 
 if TYPE_CHECKING:
-    from subcat_core.kmeans import FeatureShard, KMeansSettings
+    from subcat_core.kmeans import FeatureShard
+    from subcat_core.kmeans_settings import KMeansSettings
 
-_MAX_LLOYD_STEPS = 100
-_MAX_SWEEPS = 30
 _EXACT_ROWS = 192  # below this an exact decomposition costs less than the randomised one
 _OVERSAMPLING = 16
 _HASH_RANGE = 2**64
+_AXIS_ROWS = 2560  # rows of all classes together that the axes are found from: bounds the driver's memory
+_MIN_AXIS_ROWS = 32  # of each class, where it has them
 
 
-def seed_centroids(shard: FeatureShard, settings: KMeansSettings, rng_seed: int) -> np.ndarray:
+def seed_centroids(
+    shard: FeatureShard, settings: KMeansSettings, rng_seed: int, num_clusters: np.ndarray | None = None
+) -> np.ndarray:
     """(C, K, D) float32 to start the exact passes from; NaN, always last, where a class has fewer distinct rows.
 
-    One class at a time, so that the driver holds one sample. A class's answer depends on its rows, the settings and its
-    own generator, never on other classes or on where the rows lie.
+    num_clusters: (C,) at most K for each class; K for all where it is None. One class at a time: the driver holds the
+    projected sample of one. A class's answer depends on the rows, the settings and its own generator, never on where
+    the rows lie. Centroids are carried back into the plane of the axes, so the first exact pass gives each row of the
+    sample the cluster that it has in the projected space, and moves the centroids to exact means.
     """
     counts = shard.counts
+    wanted = np.full(len(counts), settings.num_clusters) if num_clusters is None else num_clusters
     centroids = np.full((len(counts), settings.num_clusters, shard.dimension), np.nan, np.float32)
+    means, axes = shared_axes(shard, settings.projection_dims, rng_seed)
     for class_index in np.flatnonzero(counts).tolist():
         max_hash = sample_threshold(int(counts[class_index]), settings.sample_rows_per_class)
-        rows = shard.sample(class_index, max_hash, rng_seed).features[: settings.sample_rows_per_class]
+        sample = shard.sample(class_index, max_hash, rng_seed, axes)
+        points = sample.features[: settings.sample_rows_per_class]
         rng = np.random.default_rng([rng_seed, class_index])
-        start = seed_class(rows, settings.num_clusters, settings.num_restarts, settings.projection_dims, rng)
+        start = best_start(points, int(wanted[class_index]), settings.num_restarts, rng)
+        if axes is not None:
+            start = means[class_index] + (start - means[class_index] @ axes.T) @ axes
         centroids[class_index, : len(start)] = start
     return centroids
+
+
+def shared_axes(shard: FeatureShard, num_axes: int, rng_seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """((C, D) float32 means, (d, D) float32 axes) of a few rows of each class; no axes where D <= num_axes.
+
+    The axes are those of the scatter inside the classes: what lies between classes tells no clusters of one apart.
+    """
+    if shard.dimension <= num_axes:
+        return np.zeros((len(shard.counts), shard.dimension), np.float32), None
+    centred, means = _centred_sample(shard, rng_seed)
+    rng = np.random.default_rng([rng_seed, len(shard.counts)])
+    return means, np.ascontiguousarray(principal_axes(centred, num_axes, rng).T)
+
+
+def component_axes(shard: FeatureShard, num_axes: int, whiten: bool, rng_seed: int) -> np.ndarray:
+    """(d, D) float32: the principal axes inside the classes, scaled to variance 1 with `whiten`; d <= num_axes.
+
+    Found from the same sample as the axes of the start: no pass over the rows.
+    """
+    centred, _ = _centred_sample(shard, rng_seed)
+    axes = principal_axes(centred, num_axes, np.random.default_rng([rng_seed, len(shard.counts)])).T
+    if whiten:
+        deviations = np.sqrt(np.square(centred @ axes.T).mean(axis=0, dtype=np.float64))
+        axes = axes / np.maximum(deviations, deviations.max() * 1e-6)[:, None]
+    return np.ascontiguousarray(axes, np.float32)
+
+
+def _centred_sample(shard: FeatureShard, rng_seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """((n, D) float32 a few rows of each class, less their class's mean; (C, D) float32 those means)."""
+    counts = shard.counts
+    means = np.zeros((len(counts), shard.dimension), np.float32)
+    present = np.flatnonzero(counts).tolist()
+    max_rows = max(_MIN_AXIS_ROWS, _AXIS_ROWS // max(1, len(present)))
+    centred = [np.empty((0, shard.dimension), np.float32)]
+    for class_index in present:
+        rows = shard.sample(class_index, sample_threshold(int(counts[class_index]), max_rows), rng_seed)
+        features = rows.features[:max_rows]
+        means[class_index] = features.mean(axis=0, dtype=np.float64)
+        centred.append(features - means[class_index])
+    return np.concatenate(centred), means
 
 
 def sample_threshold(num_rows: int, max_rows: int) -> int:
@@ -46,26 +96,6 @@ def sample_threshold(num_rows: int, max_rows: int) -> int:
     if num_rows <= max_rows:
         return _HASH_RANGE - 1
     return min(_HASH_RANGE - 1, int((max_rows + 6 * math.sqrt(max_rows)) / num_rows * _HASH_RANGE))
-
-
-def seed_class(
-    rows: np.ndarray, num_clusters: int, num_restarts: int, projection_dims: int, rng: np.random.Generator
-) -> np.ndarray:
-    """(at most K, D) float32 centroids of rows (n, D) float32: the best of the restarts, carried back to D dimensions.
-
-    A carried-back centroid lies in the plane of the projection, so the first exact pass gives each row the cluster it
-    has in the projected space, and moves the centroids to exact means.
-    """
-    mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
-    centred = rows - mean
-    basis = principal_axes(centred, projection_dims, rng)
-    points = np.ascontiguousarray(centred @ basis)
-    best, lowest = points[:1], math.inf
-    for _ in range(num_restarts):
-        centroids, inertia = lloyd(points, plus_plus(points, min(num_clusters, len(points)), rng))
-        if inertia < lowest:
-            best, lowest = centroids, inertia
-    return best @ basis.T + mean
 
 
 def principal_axes(centred: np.ndarray, num_axes: int, rng: np.random.Generator) -> np.ndarray:
@@ -84,54 +114,3 @@ def principal_axes(centred: np.ndarray, num_axes: int, rng: np.random.Generator)
     values, vectors = np.linalg.eigh((projected.T @ projected).astype(np.float64))
     leading = vectors[:, np.argsort(-values, kind="stable")[:num_axes]].astype(np.float32)
     return np.ascontiguousarray(axes @ leading)
-
-
-def plus_plus(points: np.ndarray, num_clusters: int, rng: np.random.Generator) -> np.ndarray:
-    """(at most K, d) float32: rows of points drawn by squared distance, the best of 2 + log K draws each time.
-
-    Stops early when every point lies on a chosen one.
-    """
-    num_trials = 2 + int(math.log(num_clusters))
-    chosen = [int(rng.integers(len(points)))]
-    squares = _square_distances(points, points[chosen])[0]
-    while len(chosen) < num_clusters:
-        cumulative = np.cumsum(squares)
-        if not cumulative[-1] > 0:
-            break
-        draws = np.searchsorted(cumulative, rng.random(num_trials) * cumulative[-1], side="right")
-        draws = np.minimum(draws, len(points) - 1)
-        trials = np.minimum(_square_distances(points, points[draws]), squares)
-        winner = int(trials.sum(axis=1).argmin())
-        chosen.append(int(draws[winner]))
-        squares = trials[winner]
-    return points[chosen]
-
-
-def _square_distances(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """(number of centres, n) float64."""
-    return np.stack([np.square(points - centre).sum(axis=1, dtype=np.float64) for centre in centres])
-
-
-def lloyd(points: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, float]:
-    """Lloyd steps, then single moves, until no point changes: (centroids (K, d) float32, inertia).
-
-    An empty cluster takes the farthest point.
-    """
-    num_points, num_clusters = len(points), len(centroids)
-    clusters = np.full(num_points, -1, np.int32)
-    found, distances = np.empty(num_points, np.int32), np.empty(num_points, np.float32)
-    for _ in range(_MAX_LLOYD_STEPS):
-        sums, counts = np.zeros(centroids.shape), np.zeros(num_clusters, np.int64)
-        nearest(points, centroids, found)
-        _, num_changed = accumulate(points, found, centroids, clusters, distances, sums, counts)
-        if not num_changed:
-            break
-        empty = np.flatnonzero(counts == 0)
-        centroids = (sums / np.maximum(counts, 1)[:, None]).astype(np.float32)
-        centroids[empty] = points[np.argsort(-distances, kind="stable")[: len(empty)]]
-    means = centroids.astype(np.float64)
-    for _ in range(_MAX_SWEEPS):
-        if not move_single_rows(points, means, clusters, counts):
-            break
-    centroids = means.astype(np.float32)
-    return centroids, float(np.square(points - centroids[clusters]).sum(dtype=np.float64))

@@ -145,6 +145,7 @@ def segmentation_loss(
     *,
     loss_at: Literal["mask", "logits"] = "mask",
     bootstrap_beta: float = 1.0,
+    confidence: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross entropy, averaged over the pixels (or with loss_at = "logits" the cells) that are not IGNORE
     (`global_mean`).
@@ -152,15 +153,18 @@ def segmentation_loss(
     logits: (N, C+1, h, w); masks: (N, H, W) uint8 class ids with IGNORE = 255. loss_at: logits go to (H, W) bilinearly,
     or masks to (h, w) by `shrink_masks`. weight: (N,) >= 0 an image, or None for 1: an image counts as weight times
     its valid pixels. No valid pixel at all gives 0 with a gradient of 0. Computed in float32. bootstrap_beta: below 1,
-    `soft_bootstrap` in place of cross entropy.
+    `soft_bootstrap` in place of cross entropy. confidence: (N, H, W) uint8, 255 for 1, by which pixels count, or None.
     """
     if loss_at == "logits":
         masks = shrink_masks(masks, logits.shape[2], logits.shape[3])
+        confidence = None if confidence is None else shrink_masks(confidence, logits.shape[2], logits.shape[3])
     logits = F.interpolate(logits.float(), masks.shape[1:], mode="bilinear", align_corners=False)
     terms = F.cross_entropy(logits, masks.long(), ignore_index=IGNORE, reduction="none")
     if bootstrap_beta < 1:
         terms = soft_bootstrap(terms, logits, bootstrap_beta)
     valid = (masks != IGNORE).float()
+    if confidence is not None:
+        valid = valid * confidence.float() / 255
     if weight is not None:
         valid = valid * weight.float()[:, None, None]
     return global_mean((terms * valid).sum(), valid.sum())
@@ -173,12 +177,13 @@ def multi_scale_loss(
     *,
     loss_at: Literal["mask", "logits"] = "mask",
     bootstrap_beta: float = 1.0,
+    confidence: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The sum, not the mean, of `segmentation_loss` over the logits of each scale and, where there are several, over
     their maximum (deeplab-pytorch). The other arguments as there.
     """
     outputs = [*logits, maximum_logits(logits)] if len(logits) > 1 else logits
-    options: dict[str, Any] = {"loss_at": loss_at, "bootstrap_beta": bootstrap_beta}
+    options: dict[str, Any] = {"loss_at": loss_at, "bootstrap_beta": bootstrap_beta, "confidence": confidence}
     return torch.stack([segmentation_loss(output, masks, weight, **options) for output in outputs]).sum()
 
 

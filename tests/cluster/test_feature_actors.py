@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import ray
 
-from cluster import feature_actors
+from cluster import feature_actors, feature_shards
 from cluster.feature_actors import _cpus_per_actor
-from cluster.feature_shards import cluster_features
+from cluster.feature_shards import FaissShard, cluster_features
 from cluster.shard_dispatch import ShardFile
 from cluster.storage import Storage, StorageError
 from cluster.streams import StreamSettings
+from subcat_core.kmeans import Assignment
 from tests.cluster.test_feature_shards import LOCAL, SETTINGS, fingerprint, mixed, write_features
+from tests.subcat_core.shards import image_ids
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -37,44 +42,87 @@ def test_one_two_and_four_actors_write_the_same_bits(storage_root: str, rng: np.
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_bad_row_in_an_actor_is_named_here(tmp_path: Path, rng: np.random.Generator) -> None:
-    storage = Storage(str(tmp_path))
+def test_rows_that_are_not_finite_are_left_out_named_and_limited(tmp_path: Path, rng: np.random.Generator) -> None:
+    storage, stream = Storage(str(tmp_path)), StreamSettings(num_actors=2)
     labels, features = mixed(60, 8, rng)
     features[47, 3] = np.nan
     names = write_features(storage, labels, features, 20)
-    with pytest.raises(ValueError, match=r"^part-00002: image_id 'image-00047' has NaN or infinity"):
-        cluster_features(
-            storage, names, storage.child("out"), num_classes=3, settings=SETTINGS, stream=StreamSettings(num_actors=2)
-        )
-    assert storage.list_names("out") == []
+    result = cluster_features(storage, names, storage.child("out"), num_classes=3, settings=SETTINGS, stream=stream)
+    assert result.bad_rows == [("part-00002", "image-00047")]
+    ids = storage.read_table("out/part-00002.parquet")["image_id"].to_pylist()
+    assert ids == [image_id for image_id in image_ids(60)[40:] if image_id != "image-00047"]
+    strict = stream.model_copy(update={"max_bad_frac": 0.0})
+    with pytest.raises(ValueError, match=r"^1 of 60 features hold NaN .*part-00002: image_id 'image-00047'"):
+        cluster_features(storage, names, storage.child("none"), num_classes=3, settings=SETTINGS, stream=strict)
+    assert storage.list_names("none") == []
+
+
+class Dying(FaissShard):
+    """Ends its own process in the middle of its third pass, the first time: the file says that it happened."""
+
+    death: Path
+
+    def ask(self, method: str, *args: Any) -> Any:
+        if method == "assign" and self._files.keys() == {"part-00000", "part-00001"}:
+            passes = self.death.with_suffix(".passes")
+            passes.write_text(passes.read_text() + "x" if passes.exists() else "x")
+            if len(passes.read_text()) == 3 and not self.death.exists():
+                self.death.write_text("")
+                half = self._blocks[0].assign
+
+                def die(*_: Any) -> None:
+                    half(*_)
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+                self._blocks[1].assign = die  # type: ignore[method-assign]
+        return super().ask(method, *args)
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("num_deaths", [1, 2])
-def test_a_dead_actor_starts_k_means_again_once(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, num_deaths: int
+def test_an_actor_killed_in_the_middle_of_a_pass_changes_no_bit(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(str(tmp_path / "features"))
+    names = write_features(storage, *mixed(1500, 8, rng), 375)
+    local = storage.child("local")
+    expected = cluster_features(storage, names, local, num_classes=3, settings=SETTINGS, stream=LOCAL)
+    assert expected.num_passes > 4
+    death = tmp_path / "death"
+    monkeypatch.setattr(feature_shards, "FaissShard", type("Dying", (Dying,), {"death": death}))
+    seen: list[int] = []
+    output, stream = storage.child("out"), StreamSettings(num_actors=2)
+    result = cluster_features(
+        storage,
+        names,
+        output,
+        num_classes=3,
+        settings=SETTINGS,
+        stream=stream,
+        on_pass=lambda pass_index, *_: seen.append(pass_index),
+    )
+    assert death.exists()
+    assert seen == list(range(expected.num_passes))  # it went on after the last whole pass
+    assert fingerprint(result, output, names) == fingerprint(expected, local, names)
+    assert "kmeans-progress.npz" not in output.list_names()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_actors_that_keep_dying_are_told(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = Storage(str(tmp_path))
     names = write_features(storage, *mixed(80, 8, rng), 20)
-    local = storage.child("local")
-    expected = cluster_features(storage, names, local, num_classes=3, settings=SETTINGS, stream=LOCAL)
-    deaths: list[int] = []
-    real_call = feature_actors._ActorPool.call
+    real_total = feature_actors._ActorPool.total
 
-    def call(pool: feature_actors._ActorPool, method: str, *args: object) -> list[object]:
-        if method == "assign_partials" and len(deaths) < num_deaths:
-            deaths.append(1)
-            ray.kill(pool.actors[-1])
-        return real_call(pool, method, *args)
+    def total(pool: feature_actors._ActorPool, method: str, *args: object) -> Assignment:
+        ray.kill(pool.actors[-1])
+        return real_total(pool, method, *args)
 
-    monkeypatch.setattr(feature_actors._ActorPool, "call", call)
-    output, stream = storage.child("out"), StreamSettings(num_actors=2)
-    if num_deaths == 2:
-        with pytest.raises(RuntimeError, match=r"died 2 times .* memory ran out"):
-            cluster_features(storage, names, output, num_classes=3, settings=SETTINGS, stream=stream)
-        return
-    result = cluster_features(storage, names, output, num_classes=3, settings=SETTINGS, stream=stream)
-    assert fingerprint(result, output, names) == fingerprint(expected, local, names)
+    monkeypatch.setattr(feature_actors._ActorPool, "total", total)
+    with pytest.raises(RuntimeError, match=r"died 2 times .* memory ran out"):
+        cluster_features(
+            storage, names, storage.child("out"), num_classes=3, settings=SETTINGS, stream=StreamSettings(num_actors=2)
+        )
 
 
 @pytest.mark.usefixtures("ray_cluster")

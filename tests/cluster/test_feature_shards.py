@@ -13,15 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cluster.feature_shards import FaissSearch, FaissShard, cluster_features, list_files, split_files
+from cluster.feature_shards import FaissSearch, FaissShard, LocalHolders, cluster_features, list_files, split_files
 from cluster.shard_dispatch import DispatchedShard, ShardFile, ShardPlan, check_memory, image_rows
 from cluster.storage import MissingFileError, Storage, StorageError
 from cluster.streams import StreamSettings
 from subcat_core import schemas
-from subcat_core.feature_blocks import nearest_numba
-from subcat_core.kmeans import KMeansResult, KMeansSettings, kmeans
+from subcat_core.kmeans import kmeans
+from subcat_core.kmeans_result import KMeansResult
+from subcat_core.kmeans_settings import KMeansSettings
 from subcat_core.numpy_shard import NumpyShard
-from tests.subcat_core.shards import image_ids, labels_of, power_law, rows_of, separated
+from subcat_core.seeding import component_axes
+from tests.subcat_core.shards import block_shard, image_ids, labels_of, power_law, rows_of, separated
 
 SETTINGS = KMeansSettings(num_clusters=4, sample_rows_per_class=256)
 LOCAL = StreamSettings(num_actors=0)
@@ -65,12 +67,12 @@ def mixed(num_rows: int, dimension: int, rng: np.random.Generator) -> tuple[list
 def holders(storage: Storage, names: Sequence[str], num_holders: int, num_classes: int) -> DispatchedShard:
     """A dispatcher over FaissShards of this process."""
     files = list_files(storage, names)
-    made = [FaissShard(part, ShardPlan(len(files), num_classes, SETTINGS)) for part in split_files(files, num_holders)]
+    made = [FaissShard(part, ShardPlan(num_classes, SETTINGS)) for part in split_files(files, num_holders)]
     for holder, part in zip(made, split_files(files, num_holders), strict=True):
         for file in part:
             holder.add(file.name, image_rows(file.name, storage.read_table(f"{file.name}.parquet")))
         holder.finish()
-    return DispatchedShard(lambda method, *args: [holder.ask(method, *args) for holder in made], len(files))
+    return DispatchedShard(LocalHolders(made))
 
 
 def test_faiss_agrees_with_the_oracle_on_separated_data(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -123,15 +125,16 @@ def test_bytes_of_a_pass_do_not_grow_with_the_rows(tmp_path: Path, rng: np.rando
         shard.assign(np.zeros((3, 4, 24), np.float32), np.arange(3))
         moved.append(shard.pass_bytes)
     one_holder = 3 * (4 * (24 + 1) + 2) * 8
-    assert moved == [2 * one_holder, 2 * one_holder]
+    assert moved == [one_holder, one_holder]
 
 
-def test_faiss_and_the_compiled_loop_find_the_same_and_break_ties_alike(rng: np.random.Generator) -> None:
+def test_the_compiled_loop_finds_what_faiss_finds(rng: np.random.Generator) -> None:
     rows = power_law(500, 80, rng)
-    centroids = np.concatenate([rows[:6], rows[2:4]])
-    np.testing.assert_array_equal(FaissSearch()(rows, centroids), nearest_numba(rows, centroids))
-    tied = np.float32([[3, 0], [0, 2], [2, 0], [0, -2], [0, 2]])
-    assert FaissSearch()(np.zeros((30, 2), np.float32), tied).tolist() == [1] * 30
+    centroids = np.concatenate([rows[:6], rows[2:4]])  # two of them twice: ties
+    shard = block_shard([[0]] * 500, rows, 1)
+    shard.assign(centroids[None], np.array([0]))
+    expected = faiss.knn(rows, centroids, 1)[1][:, 0].tolist()
+    assert [labels_of(shard)[image_id, 0] for image_id in image_ids(500)] == expected
 
 
 def test_both_searches_cluster_alike(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -158,6 +161,81 @@ def test_rows_stored_as_float16(tmp_path: Path, rng: np.random.Generator, dtype:
     np.testing.assert_allclose(result.inertia, exact.inertia, rtol=1e-6)
 
 
+@pytest.mark.parametrize("stored_dtype", ["float32", "bfloat16"])
+def test_rows_beyond_the_budget_lie_in_a_file_and_nothing_else_changes(
+    tmp_path: Path, rng: np.random.Generator, stored_dtype: str
+) -> None:
+    storage = Storage(str(tmp_path / "features"))
+    names = write_features(storage, *mixed(120, 8, rng), 30)
+    prints = set()
+    for cache_bytes in (None, 1000, 1):
+        settings = SETTINGS.model_copy(update={"stored_dtype": stored_dtype, "cache_bytes": cache_bytes})
+        output = Storage(str(tmp_path / str(cache_bytes)))
+        result = cluster_features(storage, names, output, num_classes=3, settings=settings, stream=LOCAL)
+        prints.add(fingerprint(result, output, names))
+    assert len(prints) == 1
+    files = list_files(storage, names)
+    holder = FaissShard(files, ShardPlan(3, SETTINGS.model_copy(update={"cache_bytes": 1000})))
+    assert holder.reserve().cache_bytes == 1000
+    for file in files:
+        holder.add(file.name, image_rows(file.name, storage.read_table(f"{file.name}.parquet")))
+    mapped = [isinstance(block.features.base, np.memmap) for _, block in sorted(holder._blocks.items())]
+    assert mapped == [False, True, True, True]
+
+
+def test_a_lost_driver_goes_on_after_its_last_pass(tmp_path: Path, rng: np.random.Generator) -> None:
+    storage = Storage(str(tmp_path / "features"))
+    names = write_features(storage, *mixed(1500, 24, rng), 400)
+
+    def cluster(output: Storage, stop_after: int | None = None, rng_seed: int = 0) -> tuple[KMeansResult, list[int]]:
+        seen: list[int] = []
+
+        def on_pass(pass_index: int, *_: float) -> None:
+            seen.append(pass_index)
+            if pass_index == stop_after:
+                raise KeyboardInterrupt
+
+        arguments = {"settings": SETTINGS, "stream": LOCAL, "on_pass": on_pass, "rng_seed": rng_seed}
+        return cluster_features(storage, names, output, num_classes=3, **arguments), seen  # type: ignore[arg-type]
+
+    whole, broken = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "broken"))
+    expected, passes = cluster(whole)
+    with pytest.raises(KeyboardInterrupt):
+        cluster(broken, stop_after=2)
+    assert broken.exists("kmeans-progress.npz")
+    result, resumed = cluster(broken)
+    assert resumed == passes[2:]  # pass 2 had not been saved
+    assert fingerprint(result, broken, names) == fingerprint(expected, whole, names)
+    with pytest.raises(KeyboardInterrupt):
+        cluster(broken, stop_after=2)
+    assert cluster(broken, rng_seed=1)[1][0] == 0  # the state of other settings is not taken up
+    with pytest.raises(KeyboardInterrupt):
+        cluster(broken, stop_after=2)
+    broken.write_bytes("kmeans-progress.npz", broken.read_bytes("kmeans-progress.npz")[:-100])
+    assert cluster(broken)[1] == passes
+
+
+def test_components_are_clustered_the_same_by_any_number_of_holders(tmp_path: Path, rng: np.random.Generator) -> None:
+    storage = Storage(str(tmp_path / "features"))
+    labels, features = mixed(400, 24, rng)
+    features[:, 0] += rng.standard_normal(400).astype(np.float32) * 30  # one direction drowns the others
+    names = write_features(storage, labels, features, 60)
+    found = {}
+    for whiten in (False, True):
+        settings = KMeansSettings(num_clusters=4, pca_dims=6, whiten=whiten)
+        output = storage.child(f"out-{whiten}")
+        result = cluster_features(storage, names, output, num_classes=3, settings=settings, stream=LOCAL)
+        assert result.centroids.shape == (3, 4, 6)
+        files = list_files(storage, names)
+        shard = holders(storage, names, 3, 3)
+        shard.turn(component_axes(shard, 6, whiten, 0))
+        assert kmeans(shard, settings).centroids.tobytes() == result.centroids.tobytes()
+        spread = np.nanstd(result.centroids, axis=(0, 1))
+        found[whiten] = spread.max() / np.sort(spread)[-2]
+        assert len(files) == 7
+    assert found[False] > 3 * found[True]
+
+
 def test_writing_twice_writes_the_same(tmp_path: Path, rng: np.random.Generator) -> None:
     storage, output = Storage(str(tmp_path / "features")), Storage(str(tmp_path / "subcategories"))
     names = write_features(storage, *mixed(120, 8, rng), 50)
@@ -172,7 +250,7 @@ def test_writing_twice_writes_the_same(tmp_path: Path, rng: np.random.Generator)
 
 def test_a_file_in_pieces_and_pieces_twice_is_one_block() -> None:
     rows = rows_of(image_ids(9), [[0]] * 9, np.arange(9, dtype=np.float32)[:, None])
-    holder = FaissShard([ShardFile(0, "part-00000", 9, 1)], ShardPlan(1, 1, SETTINGS))
+    holder = FaissShard([ShardFile(0, "part-00000", 9, 1)], ShardPlan(1, SETTINGS))
     for piece in ([7, 8], [0, 1, 2], [7, 8], [3, 4, 5, 6], [0, 1, 2]):
         holder.add("part-00000", rows.taken(np.array(piece)))
     holder.finish()
@@ -183,7 +261,7 @@ def test_a_file_in_pieces_and_pieces_twice_is_one_block() -> None:
 
 def test_lost_rows_are_an_error() -> None:
     rows = rows_of(image_ids(9), [[0]] * 9, np.zeros((9, 1), np.float32))
-    holder = FaissShard([ShardFile(0, "part-00004", 9, 1)], ShardPlan(1, 1, SETTINGS))
+    holder = FaissShard([ShardFile(0, "part-00004", 9, 1)], ShardPlan(1, SETTINGS))
     holder.add("part-00004", rows.taken(np.arange(8)))
     with pytest.raises(ValueError, match=r"part-00004: 8 rows arrived, expected 9; .* run the stage again"):
         holder.finish()
@@ -191,7 +269,7 @@ def test_lost_rows_are_an_error() -> None:
 
 def test_an_image_twice_in_a_file_is_an_error() -> None:
     rows = rows_of(["a", "b", "a"], [[0]] * 3, np.zeros((3, 1), np.float32))
-    holder = FaissShard([ShardFile(0, "part-00004", 3, 1)], ShardPlan(1, 1, SETTINGS))
+    holder = FaissShard([ShardFile(0, "part-00004", 3, 1)], ShardPlan(1, SETTINGS))
     holder.add("part-00004", rows)
     with pytest.raises(ValueError, match=r"part-00004: image_id 'a' occurs twice"):
         holder.finish()
@@ -199,7 +277,7 @@ def test_an_image_twice_in_a_file_is_an_error() -> None:
 
 def test_an_image_with_a_row_for_each_class_is_whole_when_all_came() -> None:
     rows = rows_of(["a", "b", "a"], [[11], [2], [2]], np.array([[1.0], [2.0], [3.0]], np.float32))
-    holder = FaissShard([ShardFile(0, "part-00004", 3, 1)], ShardPlan(1, 12, SETTINGS))
+    holder = FaissShard([ShardFile(0, "part-00004", 3, 1)], ShardPlan(12, SETTINGS))
     for piece in ([0, 1], [0, 1], [2]):
         holder.add("part-00004", rows.taken(np.array(piece)))
     holder.finish()
@@ -207,7 +285,7 @@ def test_an_image_with_a_row_for_each_class_is_whole_when_all_came() -> None:
 
 
 def test_a_cache_that_does_not_fit_is_refused() -> None:
-    holder = FaissShard([ShardFile(0, "part-00000", 10**12, 4096)], ShardPlan(1, 1, SETTINGS))
+    holder = FaissShard([ShardFile(0, "part-00000", 10**12, 4096)], ShardPlan(1, SETTINGS))
     assert holder.reserve().cache_bytes == 10**12 * 4096 * 4
     with pytest.raises(ValueError, match=r"k-means needs 16384\d*\.\d GB on one node .*stored_dtype = 'float16'"):
         check_memory([holder.reserve()])
@@ -227,12 +305,12 @@ def test_a_gpu_is_asked_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
     monkeypatch.setattr(faiss, "knn_gpu", knn_gpu, raising=False)
     rows = rng.random((40, 8), np.float32)
-    search = FaissSearch(use_gpu=True)
+    search = FaissSearch()
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: search(rows, rows[:5]), range(8)))
     assert most == [1] * 8
     for ids in found:
-        np.testing.assert_array_equal(ids, nearest_numba(rows, rows[:5]))
+        np.testing.assert_array_equal(ids, faiss.knn(rows, rows[:5], 1)[1][:, 0])
 
 
 def test_an_empty_file_is_an_empty_block(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -14,6 +14,6 @@ def test_caches_on_one_node_are_added_up() -> None:
     with pytest.raises(
         ValueError,
         match=r"^k-means needs 9\.0 GB on one node \(b\) to cache 10 feature shards, and 10\.0 GB are free there; "
-        r"use kmeans\.stored_dtype = 'float16', or more nodes and actors$",
+        r"use kmeans\.cache_bytes or kmeans\.stored_dtype = 'float16', or more nodes and actors$",
     ):
         check_memory([Reservation("a", 3, 3 * GB, 10 * GB), *[Reservation("b", 5, 4 * GB + GB // 2, 10 * GB)] * 2])

@@ -60,7 +60,10 @@ def test_in_process_values(tmp_path: Path) -> None:
     }
 
 
-def test_ray_gives_the_bytes_of_in_process(ray_cluster: None, storage_root: str) -> None:
+def test_ray_gives_the_bytes_of_in_process(
+    ray_cluster: None, storage_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.streams._SPAN_SHARDS", 3)  # of four shards: two executions of Ray Data
     root = Storage(storage_root)
     shards = make_manifest(root)
     here = run(root, shards, HERE, "here")

@@ -14,6 +14,7 @@ import pytest
 from cluster.storage import MissingFileError, StorageError
 from cluster.trainee import TrainComputeSettings
 from cluster.training_input import BatchKey, BatchPlan, BatchReader, stream_batches, validation_batches
+from cluster.training_rows import Rows
 from tests.cluster.tiny_trainee import SIDE_PX, TinyTrainee, make_rows
 
 ON_RAY = TrainComputeSettings(num_workers=1, input="ray", num_decode_workers=2)
@@ -64,7 +65,7 @@ def test_validation_sees_every_row_once() -> None:
 
 def test_bad_images_become_empty_samples_of_weight_0_with_a_reason() -> None:
     reader = BatchReader(TinyTrainee(bad_values=(1,)), rng_seed=0)
-    batch = reader.read(make_rows(3), BatchKey(1, np.array([2, 1])))
+    batch = reader.read(Rows(make_rows(3)), BatchKey(1, np.array([2, 1])))
     assert batch.arrays["weight"].tolist() == [1.0, 0.0]
     assert batch.reasons == ["", "value 1 is no image"]
     assert batch.arrays["image"].dtype == np.uint8
@@ -76,7 +77,7 @@ def test_a_missing_file_is_a_bad_image_and_an_outage_is_not() -> None:
     def read(error: Exception) -> list[str]:
         return (
             BatchReader(FailingTrainee(failure=error), rng_seed=0)
-            .read(make_rows(1), BatchKey(1, np.array([0])))
+            .read(Rows(make_rows(1)), BatchKey(1, np.array([0])))
             .reasons
         )
 
@@ -90,7 +91,10 @@ def test_a_missing_file_is_a_bad_image_and_an_outage_is_not() -> None:
 @pytest.mark.parametrize("failure", [ValueError("class 9 of 2"), StorageError("/0.png: cannot read: denied")])
 def test_an_error_comes_out_of_every_reader_as_it_went_in(compute: TrainComputeSettings, failure: Exception) -> None:
     stream = stream_batches(
-        BatchReader(FailingTrainee(failure=failure), rng_seed=0), make_rows(4), [BatchKey(1, np.arange(4))], compute
+        BatchReader(FailingTrainee(failure=failure), rng_seed=0),
+        Rows(make_rows(4)),
+        [BatchKey(1, np.arange(4))],
+        compute,
     )
     with contextlib.closing(stream), pytest.raises(type(failure)) as caught:  # type: ignore[type-var]
         next(stream)
@@ -100,7 +104,7 @@ def test_an_error_comes_out_of_every_reader_as_it_went_in(compute: TrainComputeS
 
 
 def test_other_errors_name_the_image() -> None:
-    rows = make_rows(2).drop_columns(["value"])
+    rows = Rows(make_rows(2).drop_columns(["value"]))
     with pytest.raises(KeyError) as caught:
         BatchReader(TinyTrainee(), rng_seed=0).read(rows, BatchKey(1, np.array([1])))
     assert "image-001" in caught.value.__notes__[0]
@@ -109,7 +113,7 @@ def test_other_errors_name_the_image() -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_threads_processes_and_ray_data_give_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.training_input._SPAN_ROWS", 20)  # several executions of Ray Data
-    rows = make_rows(21)
+    rows = Rows(make_rows(21))
     reader = BatchReader(TinyTrainee(bad_values=(7,)), rng_seed=5)
     plan = BatchPlan(rows.num_rows, batch_size=4, rng_seed=5)
     keys = [*plan.batches(0, 1, range(1, 4)), *validation_batches(7, 4, 0, 1)]
@@ -142,7 +146,7 @@ def test_readers_read_ahead_by_a_bounded_number_and_stop_when_closed(tmp_path: P
             yield BatchKey(epoch, np.array([0]))
 
     reader = BatchReader(TinyTrainee(), rng_seed=0)
-    stream = stream_batches(reader, make_rows(1), keys(), TrainComputeSettings(num_decode_workers=0))
+    stream = stream_batches(reader, Rows(make_rows(1)), keys(), TrainComputeSettings(num_decode_workers=0))
     next(stream)
     assert len(asked) < 10
     stream.close()

@@ -18,6 +18,13 @@ def _with(**values: object) -> dict[str, object]:
     return {**MINIMAL, **values}
 
 
+def test_a_loss_by_confidence_needs_the_confidence() -> None:
+    values = _with(segmenter={"loss": "confidence"})
+    with pytest.raises(ConfigError, match=r"segmenter\.loss = confidence: .* set pseudo_masks\.write_confidence"):
+        parse_experiment(values)
+    parse_experiment(values | {"pseudo_masks": {"write_confidence": True}})
+
+
 def test_minimal_config_takes_the_papers_defaults() -> None:
     experiment = parse_experiment(MINIMAL)
     assert experiment.kmeans.num_clusters == 10
@@ -119,6 +126,11 @@ def test_what_would_fail_after_hours_fails_at_once() -> None:
         parse_experiment(_with(classifier={"optimiser": {"batch_size": 15}, "compute": {"num_workers": 2}}))
     with pytest.raises(ConfigError, match=r"segmenter\.compute\.input = ray: needs"):
         parse_experiment(_with(segmenter={"compute": {"input": "ray"}}))
+    for kmeans in ({"spherical": True}, {"pca_dims": 8}):
+        with pytest.raises(
+            ConfigError, match=r"subcategory_targets = .soft. with kmeans\.spherical or kmeans\.pca_dims"
+        ):
+            parse_experiment(_with(classifier={"subcategory_targets": "soft"}, kmeans=kmeans))
     with pytest.raises(ConfigError, match="too coarse for masks"):
         parse_experiment(_with(segmenter={"model": {"backbone": {"output_stride": 32}}}))
     with pytest.raises(ConfigError, match=r"predict\.scales"):

@@ -106,16 +106,16 @@ def test_table_tells_every_problem_with_its_row(tmp_path: Path) -> None:
         'j,"j,1.png",cat;dog;wolf,train',  # one of three unknown
     )
     rows, log = _import(_open(kind="table", path=path, classes=["cat", "dog", "cow"]))
-    assert [(row.image_id, row.labels) for row in rows] == [("a", (0,)), ("d", ()), ("j", (0, 1))]
+    assert [(row.image_id, row.labels) for row in rows] == [("a", (0,)), ("d", ()), ("a", (0,)), ("j", (0, 1))]
     assert _told(log) == [
         (problems.UNKNOWN_CLASS, 3),
         (problems.NO_TAG, 4),
-        (problems.DUPLICATE_ID, 6),
         (problems.ILLEGAL_ID, 7),
         (problems.BAD_TABLE, 8),
         (problems.BAD_TABLE, 9),
         (problems.MISSING_FILE, 10),
         (problems.UNKNOWN_CLASS, 11),
+        (problems.DUPLICATE_ID, 6),
         (problems.EMPTY_CLASS, None),
     ]
     text = format_problems(log.problems())

@@ -1,10 +1,14 @@
 """Shards of one split each, read back in order, wherever they are stored."""
 
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 
 from cluster.artifacts import Artifact
 from cluster.storage import Storage, StorageError
+from jobs import manifest as manifest_module
+from jobs.joins import with_column
 from jobs.manifest import Manifest, ShardEntry, open_manifest, write_index, write_shards
 from subcat_core import schemas
 from subcat_core.classes import ClassTable
@@ -89,3 +93,22 @@ def test_a_truncated_shard_is_named(tmp_path: object) -> None:
     manifest: Manifest = open_manifest(storage)
     with pytest.raises(StorageError, match=r"part-00001.parquet.*truncated"):
         manifest.rows("train")
+
+
+def test_joined_shards_are_the_joined_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_module, "_READ_AHEAD", 2)
+    folder = Storage(str(tmp_path))
+    rows = [{"image_id": f"i{n}", "uri": f"/{n}.png", "split": "val" if n % 4 == 0 else "train"} for n in range(30)]
+    shards = write_shards(folder, rows, 3)
+    others = {}
+    for shard in shards:  # without the second row of each shard
+        ids = folder.read_table(f"{shard.name}.parquet")["image_id"].to_pylist()
+        others[shard.name] = pa.table({"image_id": ids[::2], "value": [int(image_id[1:]) for image_id in ids[::2]]})
+    manifest = Manifest(CLASSES, shards, "", folder)
+    columns = ["image_id", "uri"]
+    joined = pa.concat_tables(manifest.joined("train", columns, lambda name, r: with_column(r, others[name], "value")))
+    whole = with_column(manifest.rows("train", columns), pa.concat_tables(others.values()), "value")
+    assert joined.num_rows == 15
+    assert joined.equals(whole)
+    assert pa.concat_tables(manifest.joined("val", columns)).equals(manifest.rows("val", columns))
+    assert [table.num_rows for table in manifest.joined("test", columns)] == [0]

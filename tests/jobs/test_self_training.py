@@ -45,7 +45,10 @@ def _worker(folder: Path, monkeypatch: pytest.MonkeyPatch, *, has_background: bo
     classes = ClassTable(("red", "green"), has_background=has_background)
     monkeypatch.setattr(predict, "load_segmenter", lambda storage: (Colours().eval(), classes, None))
     storage, settings = Storage(str(folder)), MaskSettings.model_validate({"crf": "none", **mask})
-    return SelfTrainingWorker(segmenter=storage, output=storage, predict=PredictSettings(), mask=settings)
+    of_masks = ClassTable(classes.names, {0: 0, 1: 1, 9: IGNORE}, has_background=has_background)
+    return SelfTrainingWorker(
+        segmenter=storage, output=storage, classes=of_masks, predict=PredictSettings(), mask=settings
+    )
 
 
 def _image(folder: Path) -> dict[str, Any]:
@@ -91,6 +94,15 @@ def test_pixels_below_the_limit_are_ignored_but_scored(tmp_path: Path, monkeypat
     assert _counts(output)[0] == [18, 0, 18]
 
 
+def test_ground_truth_is_read_by_the_manifests_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = _worker(tmp_path, monkeypatch, has_background=True)  # the segmenter's own table knows no value 9
+    row = {"image_id": "a", **_image(tmp_path), "labels": [0, 1]}
+    Image.fromarray(np.full((6, 9), 9, np.uint8)).save(tmp_path / "truth.png")
+    output = worker({"manifest": pa.Table.from_pylist([row])})
+    assert output.bad == []
+    assert _counts(output) == [[0, 0, 0]] * 3
+
+
 def test_an_image_without_tags_or_background_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = _worker(tmp_path, monkeypatch, has_background=False)
     image = {**_image(tmp_path), "mask_uri": None}
@@ -110,7 +122,8 @@ def _run(experiment: Experiment) -> Storage:
 def test_the_last_segmenter_stands_where_all_look_and_the_first_beside_it(tiny_table: Path, tmp_path: Path) -> None:
     mask = {"crf": "none"}
     values = small_values(tiny_table, str(tmp_path / "out"), self_training={"rounds": 1, "mask": mask})
-    values["pseudo_masks"] = {"mask": {"crf": "none"}}
+    values["pseudo_masks"] = {"mask": {"crf": "none"}, "write_confidence": True}
+    values["segmenter"]["loss"] = "confidence"
     experiment = parse_experiment(values)
     storage = _run(experiment)
     steps = [(step.stage, step.round_index, step.folder) for step in pipeline.plan(experiment)]
@@ -135,6 +148,8 @@ def test_the_last_segmenter_stands_where_all_look_and_the_first_beside_it(tiny_t
     )
     masks = storage.read_json("self_training/01/masks/scores.json")
     assert [scores["protocol"]["self_training_round"] for scores in (first, last)] == [0, 1]
+    for folder in ("pseudo_masks", "self_training/01/masks"):
+        assert storage.list_names(f"{folder}/confidence") == storage.list_names(f"{folder}/png") != []
     assert masks["protocol"]["tags"] == "used: only the tagged classes compete"
     lines = results.scores_of_run(storage)
     assert lines[("segmenter of self-training, round 0", "val", "mIoU")] == first["splits"]["val"]["miou"]

@@ -15,7 +15,7 @@ from cluster.streams import StreamSettings
 from jobs.soft_targets import CENTROIDS, SoftTargetWorker, centroid_table, read_centroids
 from jobs.train_classifier import ClassifierSettings, ClassifierTrainee, _without_effect
 from subcat_core import schemas
-from subcat_core.kmeans import KMeansSettings
+from subcat_core.kmeans_settings import KMeansSettings
 
 
 def feature_table(ids: list[str], labels: list[list[int] | None], values: np.ndarray) -> pa.Table:

@@ -19,7 +19,8 @@ from jobs.predict import PredictSettings
 from jobs.sample import sample_ids
 from jobs.tile_images import TileScorer, by_image, classes_by_image, is_of_scored_image, spread_channels
 from jobs.tile_masks import maps_of_image
-from jobs.train_segmenter import _rows_of_tiles, load_segmenter
+from jobs.train_segmenter import load_segmenter
+from jobs.training_masks import confidence_name, tile_mask_rows
 from subcat_core.backbones import build_backbone
 from subcat_core.cam import upsample_cam
 from subcat_core.classes import IGNORE
@@ -199,7 +200,7 @@ def _parents(tiles: Manifest, name: str) -> list[str]:
 def test_masks_of_tiles_are_cut_out_of_those_of_images(made: Any) -> None:
     _, _, tiles, _, masks = made
     table = pa.table({"image_id": ["train_1", "train_3"]})
-    rows = _rows_of_tiles(tiles, table, masks.folder).to_pylist()
+    rows = tile_mask_rows(tiles.rows("train", ["image_id", "uri", "parent_id"]), table, masks.folder).to_pylist()
     assert {row["image_id"].split(".")[0] for row in rows} == {"train_1", "train_3"}
     places = {row["image_id"]: row for row in tiles.rows("train").to_pylist()}
     whole = {image_id: np.array(Image.open(masks.folder.uri(f"png/{image_id}.png"))) for image_id in SIZES
@@ -209,6 +210,9 @@ def test_masks_of_tiles_are_cut_out_of_those_of_images(made: Any) -> None:
         y, x = place["y_px"], place["x_px"]
         part = whole[place["parent_id"]][y : y + 24, x : x + 24]
         np.testing.assert_array_equal(np.array(Image.open(row["mask_uri"])), part)
+        sure = np.array(Image.open(masks.folder.uri(confidence_name(place["parent_id"]))))
+        np.testing.assert_array_equal(np.array(Image.open(row["confidence_uri"])), sure[y : y + 24, x : x + 24])
+        assert sure.max() > sure.min() > 0
 
 
 def test_predictions_and_their_baselines(made: Any, data: Path) -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from jobs.make_pseudo_masks import PseudoMaskStageSettings
 from jobs.train_segmenter import SegmenterStageSettings, SegmenterTrainee, fingerprinted, trained_px
+from jobs.training_masks import encode_confidence
 from subcat_core.backbones import BackboneSettings
 from subcat_core.classes import IGNORE, ClassTable
 from subcat_core.gated_crf import GatedCrfSettings, gated_crf_loss
@@ -78,6 +80,9 @@ def test_options_that_are_off_are_not_in_the_fingerprint() -> None:
     before = {"model", "augment", "optimiser"}  # of runs that were made before there were options
     assert set(fingerprinted(SegmenterStageSettings())) == before
     assert set(fingerprinted(SegmenterStageSettings(loss="soft_bootstrap"))) == {*before, "loss", "bootstrap_beta"}
+    assert set(fingerprinted(SegmenterStageSettings(loss="confidence"))) == {*before, "loss"}
+    assert set(PseudoMaskStageSettings().fingerprinted()) == {"mask"}
+    assert set(PseudoMaskStageSettings(write_confidence=True).fingerprinted()) == {"mask", "write_confidence"}
     assert set(fingerprinted(SegmenterStageSettings(boundary_weight=0.1))) == {*before, "boundary_weight", "boundary"}
 
 
@@ -98,6 +103,30 @@ def test_the_boundary_loss_is_added_and_sees_neither_padding_nor_bad_images(rng:
     torch.testing.assert_close(scalars["mask_loss"], plain.loss(model, inputs)[0].detach())
     torch.testing.assert_close(loss, scalars["mask_loss"] + 0.5 * scalars["boundary_loss"])
     assert expected > 0
+
+
+def test_confidence_is_cropped_with_the_mask_and_counts_in_the_loss(tmp_path: Path, rng: np.random.Generator) -> None:
+    plain = trainee()
+    by_confidence = dataclasses.replace(plain, settings=plain.settings.model_copy(update={"loss": "confidence"}))
+    mask = rng.integers(0, 3, (40, 30), dtype=np.uint8)
+    Image.fromarray(np.full((40, 30, 3), 7, np.uint8)).save(tmp_path / "image.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    (tmp_path / "sure.png").write_bytes(encode_confidence(mask.astype(np.float32) / 2))
+    row = {"uri": "image", "mask_uri": "mask", "confidence_uri": "sure"}
+    sample = by_confidence.make_sample({key: str(tmp_path / f"{name}.png") for key, name in row.items()}, rng)
+    inside = sample["mask"] != IGNORE
+    np.testing.assert_array_equal(sample["confidence"][inside], np.array([0, 128, 255])[sample["mask"][inside]])
+    empty = by_confidence.empty_sample()
+    assert {key: (array.shape, array.dtype) for key, array in empty.items()} == {
+        key: (array.shape, array.dtype) for key, array in sample.items()
+    }
+    assert set(plain.empty_sample()) == {"image", "mask"}
+    torch.manual_seed(0)
+    model = plain.build_model().eval()
+    confidence = torch.from_numpy(rng.integers(0, 256, (2, 64, 64), dtype=np.uint8))
+    inputs = batch(rng) | {"confidence": confidence}
+    expected = segmentation_loss(model(inputs["image"]), inputs["mask"], confidence=confidence)
+    torch.testing.assert_close(by_confidence.loss(model, inputs)[0], expected)
 
 
 def test_a_sample_is_padded_with_the_networks_mean(tmp_path: Path, rng: np.random.Generator) -> None:

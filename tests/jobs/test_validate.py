@@ -113,7 +113,7 @@ def test_manifest_is_checked_by_the_same_rules(tmp_path: Path) -> None:
     folder.write_json("marker.json", {"inputs": {"stage": "prepare"}, "stats": {"fingerprint": "x"}})
     found = _validate(storage.root)
     assert [(problem.rule, Path(problem.file).name, problem.row) for problem in found] == [
-        (problems.DUPLICATE_ID, "part-00000.parquet", 2),
         (problems.UNKNOWN_CLASS, "part-00001.parquet", 2),
+        (problems.DUPLICATE_ID, "part-00000.parquet", 2),
         (problems.MISSING_FILE, "part-00001.parquet", 1),
     ]

@@ -57,7 +57,7 @@ def glas_values(data: Path, output: str, tiles: dict[str, Any] | None = None, **
         "classifier": {"backbone": BACKBONE, **training},
         "kmeans": {"num_clusters": 2, "num_restarts": 2},
         "cams": {"cam": {"scales": [1.0, 1.5], "flip": False, "normalise": "softmax"}},
-        "pseudo_masks": {"mask": {"crf": None}},
+        "pseudo_masks": {"mask": {"crf": None}, "write_confidence": True},
         "segmenter": {"model": {"backbone": BACKBONE}, **training},
         "stream": {"num_actors": 0},
         "tracking": {"enabled": False},

@@ -32,7 +32,7 @@ def block_shard(
         part = slice(start, start + rows_per_block)
         rows = rows_of(ids[part], labels[part], np.asarray(features[part], np.float32))
         blocks[block_id] = FeatureBlock(f"part-{block_id:05d}", rows, num_classes)
-    return BlockShard(blocks, len(blocks), num_classes, **options)
+    return BlockShard(blocks, num_classes, **options)
 
 
 def labels_of(shard: FeatureShard) -> dict[tuple[str, int], int]:

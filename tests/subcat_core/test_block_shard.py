@@ -1,61 +1,51 @@
-"""The tree of partial sums: one answer for every grouping and order; samples and dimensions of several blocks."""
+"""Sums: one answer for every grouping and order; samples and dimensions of several blocks."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
 
-from subcat_core.block_shard import BlockShard, DyadicSum
+from subcat_core.block_shard import BlockShard
 from subcat_core.feature_blocks import FeatureBlock
 from subcat_core.kmeans import Assignment
+from subcat_core.lloyd import Grid
 from tests.subcat_core.shards import block_shard, image_ids, rows_of
 
 
-def parts(num_blocks: int, rng: np.random.Generator) -> list[Assignment]:
-    """Numbers of very different size, whose sum depends on the order of the additions."""
-    made = []
-    for _ in range(num_blocks):
-        sums = rng.standard_normal((1, 2, 3)) * 10.0 ** rng.integers(-8, 9, (1, 2, 3))
-        made.append(Assignment(sums, np.ones((1, 2), np.int64), sums[0, 0, :1].copy(), np.ones(1, np.int64)))
-    return made
+@pytest.mark.parametrize("num_holders", [1, 2, 3, 5])
+def test_every_grouping_and_order_gives_the_same_bits(num_holders: int, rng: np.random.Generator) -> None:
+    """Numbers of very different size, whose float64 sums depend on the order unless they lie on a grid."""
+    features = (rng.standard_normal((300, 5)) * 10.0 ** rng.integers(-6, 7, (300, 5))).astype(np.float32)
+    ids, centroids = image_ids(300), features[:4][None]
+    whole = block_shard([[0]] * 300, features, 1, 300)
+    expected, grid = whole.assign(centroids, np.array([0])), Grid(whole.max_norm, 300)
+    holders: list[dict[int, FeatureBlock]] = [{} for _ in range(num_holders)]
+    for i, rows in enumerate(np.array_split(rng.permutation(300), 11)):
+        named = rows_of([ids[row] for row in rows], [[0]] * len(rows), features[rows])
+        holders[i % num_holders][i] = FeatureBlock(f"part-{i:05d}", named, 1)
+    found = Assignment.zeros(*centroids.shape)
+    for blocks in holders:
+        shard = BlockShard(blocks, 1)
+        shard.use_grid(grid)
+        found = shard.assign(centroids, np.array([0])).merged(found)
+    assert found.sums.tobytes() == expected.sums.tobytes()
+    assert found.inertia.tobytes() == expected.inertia.tobytes()
+    np.testing.assert_array_equal(found.counts, expected.counts)
 
 
-def total(leaves: list[Assignment], holders: list[list[int]]) -> bytes:
-    root = DyadicSum(len(leaves))
-    for holder in holders:
-        tree = DyadicSum(len(leaves))
-        for block_id in holder:
-            tree.add(0, block_id, leaves[block_id])
-        assert len(tree.waiting) <= 2 * math.log2(len(leaves) + 1) + 1
-        for (level, index), partial in tree.waiting.items():
-            root.add(level, index, partial)
-    assert len(root.waiting) == 1
-    return root.total().sums.tobytes() + root.total().inertia.tobytes()
-
-
-@pytest.mark.parametrize("num_blocks", [1, 2, 3, 5, 8, 11, 13])
-def test_every_grouping_and_order_gives_the_same_bits(num_blocks: int, rng: np.random.Generator) -> None:
-    leaves = parts(num_blocks, rng)
-    answers = {total(leaves, [list(range(num_blocks))])}
-    for num_holders in range(1, num_blocks + 1):
-        ids = [part.tolist() for part in np.array_split(np.arange(num_blocks), num_holders)]
-        answers.add(total(leaves, ids))
-        answers.add(total(leaves, [part[::-1] for part in ids[::-1]]))
-        answers.add(total(leaves, [rng.permutation(num_blocks).tolist()]))
-    assert len(answers) == 1
-
-
-def test_the_tree_by_hand() -> None:
-    """((1e16 + 1) + (-1e16 + 1)) + 1: the ones beside 1e16 are lost, the last is not; left to right would give 2."""
-    tree = DyadicSum(5)
-    for block_id, value in enumerate([1e16, 1.0, -1e16, 1.0, 1.0]):
-        tree.add(
-            0, block_id, Assignment(np.full((1, 1, 1), value), np.ones((1, 1), int), np.zeros(1), np.zeros(1, int))
-        )
-    assert tree.total().sums.item() == ((1e16 + 1) + (-1e16 + 1)) + 1 != sum([1e16, 1.0, -1e16, 1.0, 1.0])
-    assert tree.total().counts.item() == 5
+def test_sums_follow_rows_that_change_to_the_bit(rng: np.random.Generator) -> None:
+    features = rng.standard_normal((200, 7)).astype(np.float32)
+    labels = [[i % 2] for i in range(200)]
+    shard = block_shard(labels, features, 2, 30)
+    for seed in range(4):  # also a pass of one class, which leaves the other as it was
+        shard.assign(features[seed * 8 : seed * 8 + 8].reshape(2, 4, 7), np.array([0, 1]))
+        shard.assign(features[seed + 50 : seed + 54][None], np.array([1]))
+    last = np.stack([features[24:28], features[53:57]])
+    found = shard.assign(last, np.array([0, 1]))
+    fresh = block_shard(labels, features, 2, 30).assign(last, np.array([0, 1]))
+    assert found.sums.tobytes() == fresh.sums.tobytes()
+    np.testing.assert_array_equal(found.counts, fresh.counts)
+    assert found.num_changed.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])
@@ -84,4 +74,4 @@ def test_dimensions_must_agree() -> None:
         for i in range(2)
     }
     with pytest.raises(ValueError, match=r"part-00000 has 3, part-00001 has 4; expected one"):
-        BlockShard(blocks, 2, 1)
+        BlockShard(blocks, 1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from subcat_core.feature_blocks import FeatureBlock, image_hashes, nearest_numba
+from subcat_core.block_shard import BlockShard
+from subcat_core.feature_blocks import FeatureBlock, image_hashes
 from subcat_core.schemas import SUBCATEGORIES
 from tests.subcat_core.shards import rows_of
 
@@ -14,7 +15,7 @@ def test_table_keeps_the_order_of_labels_and_sorts_images() -> None:
     rows = rows_of(["b", "a", "c"], [[2, 0], [0], []], np.array([[4.0], [0.0], [9.0]], np.float32))
     block = FeatureBlock("part-00000", rows, 3)
     centroids = np.array([[[0.0], [3.0]], [[7.0], [np.nan]]], np.float32)
-    block.assign(centroids, np.array([0, 2]), nearest_numba)
+    BlockShard({0: block}, 3).assign(centroids, np.array([0, 2]))
     table = block.table()
     assert table.schema == SUBCATEGORIES
     assert table.to_pylist() == [
@@ -24,11 +25,33 @@ def test_table_keeps_the_order_of_labels_and_sorts_images() -> None:
     ]
 
 
+def test_bfloat16_rounds_to_the_nearest_and_ties_to_even() -> None:
+    values = np.array([[1.0, 1.0 + 2**-8, 1.0 + 3 * 2**-8, 1.0 + 2**-8 + 2**-20, -3.0e38]], np.float32)
+    block = FeatureBlock("p", rows_of(["a"], [[0]], values[:, :4]), 1, "bfloat16")
+    assert block.rows(np.array([0])).tolist() == [[1.0, 1.0, 1.0 + 2**-6, 1.0 + 2**-7]]
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_features_must_be_finite(value: float) -> None:
-    rows = rows_of(["a", "b"], [[0], [0]], np.array([[1.0, 2.0], [3.0, value]], np.float32))
-    with pytest.raises(ValueError, match=r"part-00003: image_id 'b' has NaN or infinity .* extract the features"):
+def test_images_with_features_that_are_not_finite_are_left_out(value: float) -> None:
+    rows = rows_of(["c", "b", "a"], [[0], [0, 1], [1]], np.array([[3.0, value], [1.0, 2.0], [5.0, 6.0]], np.float32))
+    block = FeatureBlock("part-00003", rows, 2)
+    assert block.bad_image_ids == ["c"]
+    assert block.image_ids == ["a", "b"]
+    assert block.counts.tolist() == [1, 2]
+    assert block.features.tolist() == [[5.0, 6.0], [1.0, 2.0]]
+
+
+def test_rows_that_are_too_long_are_an_error() -> None:
+    rows = rows_of(["a"], [[0]], np.array([[1e30]], np.float32))
+    with pytest.raises(ValueError, match=r"^part-00003: a feature is longer than 1\.8e19"):
         FeatureBlock("part-00003", rows, 1)
+
+
+def test_spherical_rows_have_length_one() -> None:
+    rows = rows_of(["a", "b"], [[0], [0]], np.array([[3.0, 4.0], [0.0, 0.0]], np.float32))
+    block = FeatureBlock("p", rows, 1, spherical=True)
+    np.testing.assert_allclose(block.features, [[0.6, 0.8], [0.0, 0.0]], rtol=1e-6)
+    np.testing.assert_allclose(block.norms, [1.0, 0.0], rtol=1e-6)
 
 
 def test_values_beyond_float16_are_told_apart() -> None:
@@ -60,7 +83,7 @@ def test_rows_of_one_image_are_those_of_its_classes() -> None:
     assert rows.row_keys() == ["b/2", "a/0", "b/0", "c/-1"]
     block = FeatureBlock("part-00000", rows, 3)
     assert block.counts.tolist() == [2, 0, 1]
-    found = block.assign(np.array([[[0.0]], [[4.0]]], np.float32), np.array([0, 2]), nearest_numba)
+    found = BlockShard({0: block}, 3).assign(np.array([[[0.0]], [[4.0]]], np.float32), np.array([0, 2]))
     assert found.sums.ravel().tolist() == [1.0, 4.0]
     assert [(row["image_id"], row["labels"]) for row in block.table().to_pylist()] == [
         ("a", [0]),
@@ -70,11 +93,12 @@ def test_rows_of_one_image_are_those_of_its_classes() -> None:
     ]
 
 
-def test_float16_rows_are_read_as_float32() -> None:
+@pytest.mark.parametrize("stored_dtype", ["float16", "bfloat16"])
+def test_rows_of_two_bytes_are_read_as_float32(stored_dtype: str) -> None:
     rows = rows_of(["a", "b"], [[0], [0]], np.array([[1.5], [2.5]], np.float32))
-    block = FeatureBlock("p", rows, 1, "float16")
-    assert block.features.dtype == np.float16
-    found = block.assign(np.array([[[2.0]]], np.float32), np.array([0]), nearest_numba)
+    block = FeatureBlock("p", rows, 1, stored_dtype)
+    assert block.features.itemsize == 2
+    found = BlockShard({0: block}, 1).assign(np.array([[[2.0]]], np.float32), np.array([0]))
     assert found.sums.item() == 4.0
     assert found.inertia.item() == 0.5
 

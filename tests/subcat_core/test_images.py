@@ -213,6 +213,18 @@ def test_augment_keeps_image_and_mask_together(rng: np.random.Generator) -> None
     assert len(flipped) > 2
 
 
+def test_augment_cuts_all_values_of_a_pixel_alike(rng: np.random.Generator) -> None:
+    mask = rng.integers(0, 250, (20, 30), dtype=np.uint8)
+    settings = AugmentSettings(resize_min_px=25, resize_max_px=35, crop_px=40)
+    image, both = np.repeat(mask[..., None], 3, axis=2), np.stack([mask, 250 - mask], axis=2)
+    _, alone = augment(image, settings, np.random.default_rng(4), pad_rgb=(0, 0, 0), mask=mask)
+    _, planes = augment(image, settings, np.random.default_rng(4), pad_rgb=(0, 0, 0), mask=both)
+    assert alone is not None
+    assert planes is not None
+    np.testing.assert_array_equal(planes[..., 0], alone)
+    np.testing.assert_array_equal(planes[..., 1], np.where(alone == IGNORE, IGNORE, 250 - alone))
+
+
 def test_augment_draws_one_of_the_scales(rng: np.random.Generator) -> None:
     """Sizes as deeplab-pytorch has them: int(side * scale)."""
     settings = AugmentSettings(scales=(0.5, 1.0, 1.5), crop_px=128, jitter=(0.0,) * 4)

@@ -9,9 +9,12 @@ import pytest
 from sklearn.cluster import KMeans
 
 import subcat_core.kmeans as kmeans_module
-from subcat_core.kmeans import Assignment, FarRows, KMeansSettings, kmeans
+from subcat_core.block_shard import BlockShard
+from subcat_core.feature_blocks import FeatureBlock
+from subcat_core.kmeans import Assignment, FarRows, kmeans
+from subcat_core.kmeans_settings import KMeansSettings
 from subcat_core.numpy_shard import NumpyShard
-from tests.subcat_core.shards import block_shard, image_ids, labels_of, power_law, separated
+from tests.subcat_core.shards import block_shard, image_ids, labels_of, power_law, rows_of, separated
 
 FOUR = np.array([[0.0], [1.0], [10.0], [12.0]])
 
@@ -185,6 +188,68 @@ def test_what_a_pass_returns_does_not_grow_with_the_rows(rng: np.random.Generato
         shard = block_shard([[0]] * num_rows, rng.standard_normal((num_rows, 8)), 1)
         sizes.append(shard.assign(centroids, np.array([0])).nbytes)
     assert sizes[0] == sizes[1] == (5 * 8 + 5 + 1 + 1) * 8
+
+
+def test_classes_get_the_clusters_they_were_given(rng: np.random.Generator) -> None:
+    features = rng.standard_normal((90, 5)).astype(np.float32)
+    labels = [[0]] * 30 + [[1]] * 30 + [[2]] * 9 + [[3]] * 21
+    settings = KMeansSettings(num_clusters=6, min_rows_per_cluster=10, clusters_by_class={"b": 2})
+    wanted = settings.clusters_of(["a", "b", "c", "d"])
+    assert wanted.tolist() == [6, 2, 6, 6]
+    result = kmeans(block_shard(labels, features, 4), settings, num_clusters=wanted)
+    assert result.num_clusters.tolist() == [3, 2, 1, 2]
+    assert np.isnan(result.centroids[2, 1:]).all()
+    assert result.balance[2] == 1.0
+    with pytest.raises(ValueError, match=r"kmeans\.clusters_by_class\.b: no such class; expected one of cat, dog"):
+        settings.clusters_of(["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"clusters_by_class": {"cat": 11}}, r"clusters_by_class\.cat = 11: expected 1 to num_clusters \(10\)"),
+        ({"whiten": True}, r"whiten = true: needs pca_dims"),
+        ({"spherical": True, "pca_dims": 4}, r"spherical = true with pca_dims"),
+    ],
+)
+def test_settings_that_do_not_fit(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KMeansSettings(**values)
+
+
+def test_a_fingerprint_knows_only_what_decides() -> None:
+    before = {"num_clusters", "num_restarts", "max_passes", "sample_rows_per_class", "projection_dims"}
+    before |= {"stored_dtype", "search"}
+    assert set(KMeansSettings(cache_bytes=5).decides()) == before
+    used = KMeansSettings(spherical=True, tolerance=0.1, clusters_by_class={"cat": 2}).decides()
+    assert set(used) == before | {"spherical", "tolerance", "clusters_by_class"}
+
+
+def test_tolerance_stops_early_and_labels_belong_to_the_centroids(rng: np.random.Generator) -> None:
+    features = power_law(900, 24, rng)
+    settings = KMeansSettings(num_clusters=6, sample_rows_per_class=256)
+    exact = kmeans(block_shard([[0]] * 900, features, 1), settings)
+    shard = block_shard([[0]] * 900, features, 1)
+    result = kmeans(shard, settings.model_copy(update={"tolerance": 1e-3}))
+    assert 1 < result.num_passes < exact.num_passes
+    assert result.converged
+    assert result.history.tolist() == exact.history[: result.num_passes].tolist()
+    last, one_before = result.history[-1], result.history[-2]
+    assert one_before - last <= 1e-3 * one_before
+    clusters = labels_of(shard)
+    chosen = result.centroids[0, [clusters[i, 0] for i in image_ids(900)]]
+    assert float(np.square(features - chosen).sum(dtype=np.float64)) == pytest.approx(result.inertia[0], rel=1e-6)
+
+
+def test_spherical_clusters_go_by_angle() -> None:
+    """Two directions, each with a short and a long row: plain k-means parts them by length."""
+    features = np.float32([[1, 0], [100, 1], [0, 1], [1, 100]])
+    rows = rows_of(image_ids(4), [[0]] * 4, features)
+    shard = BlockShard({0: FeatureBlock("p", rows, 1, spherical=True)}, 1)
+    result = kmeans(shard, KMeansSettings(num_clusters=2, spherical=True))
+    clusters = [labels_of(shard)[i, 0] for i in image_ids(4)]
+    assert clusters[0] == clusters[1] != clusters[2] == clusters[3]
+    np.testing.assert_allclose(np.linalg.norm(result.centroids[0], axis=1), 1, rtol=1e-6)
 
 
 def test_rng_seed_decides(rng: np.random.Generator) -> None:

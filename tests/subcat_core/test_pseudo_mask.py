@@ -12,6 +12,7 @@ from subcat_core.crf import CrfSettings
 from subcat_core.pseudo_mask import (
     PseudoMaskSettings,
     class_probability,
+    confidence_levels,
     labels_of_scores,
     make_pseudo_mask,
     mask_of_scores,
@@ -53,6 +54,8 @@ def test_numbers_by_hand() -> None:
     assert pseudo.mask.tolist() == [[8, 8], [8, 0]]
     assert (pseudo.coverage_frac, pseudo.ignore_frac, pseudo.class_ids) == (0.75, 0.0, (8,))
     assert pseudo.confidence == pytest.approx(chosen.mean(), rel=1e-6)
+    np.testing.assert_allclose(pseudo.chosen, chosen, rtol=1e-6)
+    assert confidence_levels(pseudo.chosen).tolist() == [[255, 170], [201, 255]]  # 255 * 2 / 3, 255 * 0.6 / 0.76
     strict = make_pseudo_mask(cam, [7], image, PseudoMaskSettings(alpha=2.0, crf=None, min_confidence=0.7))
     assert strict.mask.tolist() == [[8, IGNORE], [8, 0]]
     assert strict.labels.tolist() == [[8, 8], [8, 0]]

@@ -1,13 +1,13 @@
-"""Samples, projection and k-means++ of the start."""
+"""Samples and shared axes of the start."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from subcat_core.kmeans import KMeansSettings
+from subcat_core.kmeans_settings import KMeansSettings
 from subcat_core.numpy_shard import NumpyShard
-from subcat_core.seeding import lloyd, plus_plus, principal_axes, sample_threshold, seed_centroids, seed_class
+from subcat_core.seeding import principal_axes, sample_threshold, seed_centroids, shared_axes
 from tests.subcat_core.shards import block_shard, image_ids, power_law
 
 
@@ -40,33 +40,25 @@ def test_few_rows_are_turned_without_loss(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(after, before, atol=1e-3)
 
 
-def test_plus_plus_stops_when_every_point_is_chosen(rng: np.random.Generator) -> None:
-    points = np.float32([[0, 0], [1, 1], [0, 0], [1, 1], [5, 5]])
-    chosen = plus_plus(points, 5, rng)
-    assert sorted(map(tuple, chosen.tolist())) == [(0.0, 0.0), (1.0, 1.0), (5.0, 5.0)]
+def test_classes_share_the_axes_of_their_inner_scatter(rng: np.random.Generator) -> None:
+    """Classes lie far apart along the first axis, which tells nothing inside them; they spread along the second."""
+    features = rng.standard_normal((400, 40)).astype(np.float32) * 0.01
+    features[:200, 0] += 1000
+    features[:, 1] += rng.standard_normal(400) * 5
+    shard = block_shard([[i // 200] for i in range(400)], features, 2)
+    means, axes = shared_axes(shard, 1, 0)
+    assert abs(axes[0, 1]) > 0.99
+    np.testing.assert_allclose(means[:, 0], [1000, 0], atol=0.1)
+    assert shared_axes(shard, 40, 0)[1] is None
 
 
-def test_lloyd_refills_an_empty_cluster() -> None:
-    points = np.float32([[0], [0], [1], [10]])
-    centroids, inertia = lloyd(points, np.float32([[0], [500], [10]]))
-    assert sorted(centroids[:, 0].tolist()) == [0.0, 1.0, 10.0]
-    assert inertia == 0.0
-
-
-def test_seeds_find_far_clouds(rng: np.random.Generator) -> None:
-    centres = rng.standard_normal((5, 40)).astype(np.float32) * 30
-    rows = np.repeat(centres, 40, axis=0) + rng.standard_normal((200, 40)).astype(np.float32)
-    found = seed_class(rows, 5, 10, 64, rng)
-    nearest = np.linalg.norm(centres[:, None] - found, axis=2).argmin(axis=1)
-    assert sorted(nearest) == [0, 1, 2, 3, 4]
-
-
-def test_seeds_do_not_depend_on_blocks_or_other_classes(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("projection_dims", [64, 8])
+def test_seeds_do_not_depend_on_blocks(projection_dims: int, rng: np.random.Generator) -> None:
     features = power_law(600, 20, rng)
-    settings = KMeansSettings(num_clusters=3, sample_rows_per_class=256)
+    settings = KMeansSettings(num_clusters=3, sample_rows_per_class=256, projection_dims=projection_dims)
     shards = [
         block_shard([[0]] * 600, features, 1, 50),
         block_shard([[0]] * 600, features, 1, 600),
-        NumpyShard(image_ids(600), [[0, 1]] * 600, features, 2),
+        NumpyShard(image_ids(600), [[0]] * 600, features, 1),
     ]
     assert len({seed_centroids(shard, settings, 5)[0].tobytes() for shard in shards}) == 1

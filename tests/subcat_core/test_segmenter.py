@@ -175,6 +175,47 @@ def test_loss_at_the_logits_by_hand() -> None:
     assert segmentation_loss(logits, masks, loss_at="logits").item() == pytest.approx(math.log(4 / 3))
 
 
+def test_confidence_by_hand() -> None:
+    # -log p is log 4 and log(4 / 3): (1 * log 4 + 0.2 * log(4 / 3)) / 1.2; the third pixel is ignored.
+    logits = torch.tensor([[[[0.0, 0.0, 9.0]], [[math.log(3.0), math.log(3.0), 0.0]]]])
+    masks = torch.tensor([[[0, 1, IGNORE]]], dtype=torch.uint8)
+    confidence = torch.tensor([[[255, 51, 255]]], dtype=torch.uint8)
+    expected = (math.log(4) + 0.2 * math.log(4 / 3)) / 1.2
+    assert segmentation_loss(logits, masks, confidence=confidence).item() == pytest.approx(expected)
+    sure = torch.full_like(confidence, 255)
+    torch.testing.assert_close(segmentation_loss(logits, masks, confidence=sure), segmentation_loss(logits, masks))
+    assert segmentation_loss(logits, masks, confidence=torch.zeros_like(confidence)).item() == 0
+
+
+@pytest.mark.parametrize("loss_at", ["mask", "logits"])
+def test_confidence_at_all_scales_agrees_with_the_plain_version(loss_at: Literal["mask", "logits"]) -> None:
+    torch.manual_seed(0)
+    logits = [torch.randn(2, 3, side, side) for side in (6, 3)]
+    masks = torch.randint(0, 3, (2, 12, 12), dtype=torch.uint8)
+    masks[1, 4:] = IGNORE
+    confidence = torch.randint(0, 256, masks.shape, dtype=torch.uint8)
+    weight = torch.tensor([1.0, 0.5])
+    loss = multi_scale_loss(logits, masks, weight, loss_at=loss_at, confidence=confidence)
+    doubles = [item.double() for item in logits]
+    brought_up = F.interpolate(doubles[1], (6, 6), mode="bilinear", align_corners=False)
+    expected = 0.0
+    for output in [*doubles, torch.maximum(doubles[0], brought_up)]:
+        size = (12, 12) if loss_at == "mask" else (output.shape[3], output.shape[2])
+        probability = F.interpolate(output, size, mode="bilinear", align_corners=False).softmax(dim=1).numpy()
+        total, count = 0.0, 0.0
+        for image in range(2):
+            target, sure = (
+                np.array(Image.fromarray(plane[image].numpy()).resize(size, Image.Resampling.NEAREST))
+                for plane in (masks, confidence)
+            )
+            for row, column in zip(*np.nonzero(target != IGNORE), strict=True):
+                share = float(weight[image]) * sure[row, column] / 255
+                total -= share * math.log(probability[image, target[row, column], row, column])
+                count += share
+        expected += total / count
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_losses_of_all_scales_are_summed_as_in_the_plain_version() -> None:
     """deeplab-pytorch's: each mask through Pillow to the size of the logits, a mean for each of three scales and their
     maximum, and the sum of the four.

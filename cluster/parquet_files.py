@@ -1,0 +1,53 @@
+"""Reads Parquet files, or a few of their columns by byte ranges, and words what is wrong with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.local_files import StorageError
+
+_FOOTER_BYTES = 2**16  # asked for at once: a footer is smaller
+
+
+def read_columns(path: str, source: Any, wanted: list[str] | None) -> pa.Table:
+    """source: what pyarrow opens; path: for messages. StorageError where a column is not there."""
+    with pq.ParquetFile(source) as file:
+        missing = [column for column in wanted or [] if column not in file.schema_arrow.names]
+        if missing:
+            raise StorageError(
+                f"{path}: no column {', '.join(missing)}; the file has {', '.join(file.schema_arrow.names)}"
+            )
+        return file.read(columns=wanted)
+
+
+def read_remote_columns(filesystem: Any, path: str, wanted: list[str]) -> pa.Table:
+    """The footer, and then the byte ranges of these columns alone; filesystem: of fsspec."""
+    from fsspec.parquet import open_parquet_file
+
+    with open_parquet_file(
+        path, fs=filesystem, engine="pyarrow", columns=wanted, footer_sample_size=_FOOTER_BYTES
+    ) as stream:
+        return read_columns(path, stream, wanted)
+
+
+def read_footer(source: Any) -> tuple[int, pa.Schema]:
+    """(number of rows, schema)."""
+    with pq.ParquetFile(source) as file:
+        return file.metadata.num_rows, file.schema_arrow
+
+
+def read_remote_footer(filesystem: Any, path: str) -> tuple[int, pa.Schema]:
+    """As read_footer; filesystem: of fsspec."""
+    with filesystem.open(path, "rb", block_size=_FOOTER_BYTES) as stream:
+        return read_footer(stream)
+
+
+def broken_table(path: str, error: Exception) -> StorageError:
+    """What to raise for an error of pyarrow."""
+    reason = str(error).splitlines()[0]
+    return StorageError(
+        f"{path}: truncated, not Parquet or of other types ({reason}); delete it and run the stage again"
+    )
