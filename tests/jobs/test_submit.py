@@ -1,86 +1,141 @@
 """`subcat submit` against a real cluster with a job server and tokens: ends, failures, a killed driver, the upload."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+from ray._private.runtime_env.packaging import create_package
+from ray.job_submission import JobDetails
 
 from cluster.runtime import ROOT
-from cluster.tracking import TrackingSettings
+from cluster.storage import Storage
 from jobs import submit
 from tests.conftest import free_port
 from tests.jobs.conftest import call_cli
 
 _MAX_UPLOAD_BYTES = 5_000_000
+_LONGEST_S = 300.0
+_MOST_STARTS = 3
+_FOLLOW = """
+import sys
+from jobs import submit
+client = submit.connect(sys.argv[1])
+for entrypoint in sys.argv[3:]:
+    print("ended with", submit.follow_to_end(client, entrypoint, {}, int(sys.argv[2])))
+"""
 
 
 @pytest.fixture(scope="module")
-def job_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The dashboard's address of a cluster of its own, with token authentication; ends with its processes."""
-    dashboard, gcs = free_port(), free_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", "a" * 64)
-        patch.delenv("RAY_ADDRESS", raising=False)
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2"]
-        command += [f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-agent-listen-port=0"]
-        command += ["--object-store-memory=80000000", "--include-dashboard=true", "--disable-usage-stats"]
-        log = (tmp_path_factory.mktemp("ray") / "head.log").open("wb")
-        with log, subprocess.Popen(command, stdout=log, stderr=log) as head:
-            try:
-                address = f"http://127.0.0.1:{dashboard}"
-                _wait_for(address, head)
-                yield address
-            finally:
-                head.terminate()
+def job_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """The dashboard's address of a cluster of its own, and what a client of it has in its environment.
+
+    Ray reads the token once a process, so clients of this cluster are processes of their own.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
+    folder = tmp_path_factory.mktemp("ray")
+    with tempfile.TemporaryDirectory(prefix="ray") as short, contextlib.ExitStack() as ends:  # sockets have short names
+        for attempt in range(_MOST_STARTS):  # Ray gives its raylet half a minute, too little on a machine in full use
+            dashboard = free_port()
+            head = ends.enter_context(_started_head(dashboard, short, environment, folder / f"head-{attempt}.log"))
+            if _listens(dashboard, head):
+                break
+        else:
+            raise RuntimeError((folder / f"head-{attempt}.log").read_text()[-3000:])
+        yield f"http://127.0.0.1:{dashboard}", environment
 
 
-def _wait_for(address: str, head: subprocess.Popen, timeout_s: float = 60.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
+@contextlib.contextmanager
+def _started_head(
+    dashboard: int, folder: str, environment: dict[str, str], log: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0"]
+    command += [f"--port={free_port()}", f"--ray-client-server-port={free_port()}", "--dashboard-agent-listen-port=0"]
+    command += [f"--dashboard-port={dashboard}", "--object-store-memory=80000000", f"--temp-dir={folder}"]
+    with log.open("wb") as stream:
+        head = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
+    try:
+        yield head
+    finally:
+        head.terminate()  # with --block it ends what it started
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            head.wait(30)
+        for process in psutil.process_iter():
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getsid(process.pid) == head.pid:
+                    process.kill()
+
+
+def _listens(port: int, head: subprocess.Popen[bytes]) -> bool:
+    deadline_s = time.monotonic() + _LONGEST_S
     while time.monotonic() < deadline_s and head.poll() is None:
-        try:
-            submit.connect(address)
-            return
-        except RuntimeError:
-            time.sleep(0.5)
-    raise RuntimeError(f"no job server at {address} (exit code {head.poll()})")
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return True
+        time.sleep(0.2)
+    return False
 
 
-def _python(code: str) -> str:
-    return f"{sys.executable} -c '{code}'"
+def _run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=_LONGEST_S
+    )
 
 
 def test_jobs_end_with_their_own_code_and_a_killed_driver_is_started_again(
-    job_server: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    job_server: tuple[str, dict[str, str]], tmp_path: Path
 ) -> None:
-    client = submit.connect(job_server)
-    assert submit.follow_to_end(client, _python('print("hello from the job")'), {}, 3) == 0
-    assert "hello from the job" in capfd.readouterr().out
-    assert submit.follow_to_end(client, _python("raise SystemExit(2)"), {}, 3) == 2
-    assert "submission 2" not in capfd.readouterr().out  # a job that failed by itself is not tried again
-
+    address, environment = job_server
     mark = tmp_path / "mark"
-    dies_once = (
-        f'import os, pathlib; p = pathlib.Path("{mark}"); d = p.exists(); p.touch(); d or os.kill(os.getpid(), 9)'
-    )
-    assert submit.follow_to_end(client, _python(dies_once), {}, 1) == 0
-    told = capfd.readouterr()
-    assert "submission 2 of at most 2" in told.out
-    assert "driver was lost" in told.err
-    assert submit.follow_to_end(client, _python("import os; os.kill(os.getpid(), 9)"), {}, 0) == 1
-    assert "given up after 1 submissions" in capfd.readouterr().err
+    say = "import os, pathlib; print('hello from the job'); "
+    kill = f"p = pathlib.Path('{mark}'); there = p.exists(); p.touch(); there or os.kill(os.getpid(), 9)"
+    jobs = [f'{sys.executable} -c "{code}"' for code in (say + kill, "raise SystemExit(2)")]
+    done = _run(environment, "-c", _FOLLOW, address, "1", *jobs)
+    lines = done.stdout.splitlines()
+    assert lines.count("hello from the job") == 2, done.stderr
+    assert [line for line in lines if line.startswith("ended")] == ["ended with 0", "ended with 2"]
+    assert "submission 2 of at most 2" in done.stdout
+    assert done.stderr.count("its driver was lost") == 1  # what failed by itself is not tried again
+    done = _run(environment, "-c", _FOLLOW, address, "0", f'{sys.executable} -c "import os; os.kill(os.getpid(), 9)"')
+    assert done.stdout.endswith("ended with 1\n"), done.stderr
+    assert "given up after 1 submissions" in done.stderr
 
 
-def test_a_wrong_token_is_one_clear_line(job_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = f"from jobs import submit; submit.connect({job_server!r})"
-    environment = {**os.environ, "RAY_AUTH_TOKEN": "b" * 64}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert "no job server to use at" in done.stderr.splitlines()[-1]
-    assert "RAY_AUTH_TOKEN" in done.stderr.splitlines()[-1]
+def test_a_stage_is_run_by_a_job_of_the_uploaded_clone(
+    job_server: tuple[str, dict[str, str]], tiny_table: Path, tmp_path: Path
+) -> None:
+    address, environment = job_server
+    output = tmp_path / "out"
+    command = ["-m", "jobs", "submit", "configs/demo.toml", "--address", address, "--stage", "prepare"]
+    command += ["--set", f'output="{output}"', "--set", "stream.num_actors=1"]
+    done = _run(environment, *command, "--set", f'prepare.source.path="{tiny_table}"')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "python -m jobs run configs/demo.toml" in done.stdout
+    assert "MLflow: sqlite" in done.stdout
+    assert Storage(str(output)).exists("manifest/marker.json")
+
+    done = _run(environment, *command, "--set", 'prepare.source.path="nowhere.csv"')
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "nowhere.csv" in done.stdout
+
+
+def test_a_wrong_token_is_one_clear_line(job_server: tuple[str, dict[str, str]]) -> None:
+    address, environment = job_server
+    environment = environment | {"RAY_AUTH_TOKEN": "b" * 64}
+    done = _run(environment, "-m", "jobs", "submit", "configs/demo.toml", "--address", address)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: no job server to use at {address} (Authentication failed")
+    assert "RAY_AUTH_TOKEN" in line
 
 
 def test_bad_addresses_are_one_clear_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,10 +159,6 @@ def test_a_config_outside_the_clone_is_refused(
 
 
 def test_the_upload_of_this_clone_is_small_and_is_code_alone(tmp_path: Path) -> None:
-    import zipfile
-
-    from ray._private.runtime_env.packaging import create_package
-
     environment = submit.upload_environment()
     package = tmp_path / "clone.zip"
     create_package(environment["working_dir"], package, include_gitignore=True, excludes=environment["excludes"])
@@ -118,8 +169,19 @@ def test_the_upload_of_this_clone_is_small_and_is_code_alone(tmp_path: Path) -> 
     assert not [name for name in names if name.split("/")[0] in (".git", "data", "outputs", ".venv")]
 
 
-def test_the_place_of_mlflow_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert submit.tracking_place(TrackingSettings(uri="http://mlflow:5000"), "s3://b/run") == "http://mlflow:5000"
-    assert submit.tracking_place(TrackingSettings(enabled=False), "out").startswith("off")
-    assert "beside s3://b/run" in submit.tracking_place(TrackingSettings(), "s3://b/run")
+@pytest.mark.parametrize(
+    ("status", "code", "error_type", "lost"),
+    [
+        ("FAILED", -9, "JOB_ENTRYPOINT_COMMAND_ERROR", True),
+        ("FAILED", 137, "JOB_ENTRYPOINT_COMMAND_ERROR", True),
+        ("FAILED", 1, "JOB_ENTRYPOINT_COMMAND_ERROR", False),
+        ("FAILED", None, "JOB_SUPERVISOR_ACTOR_DIED", True),
+        ("FAILED", None, "RUNTIME_ENV_SETUP_FAILURE", False),
+        ("STOPPED", -15, None, False),
+    ],
+)
+def test_a_lost_driver_is_told_from_one_that_failed(
+    status: str, code: int | None, error_type: str | None, lost: bool
+) -> None:
+    details = JobDetails(type="SUBMISSION", entrypoint="", status=status, driver_exit_code=code, error_type=error_type)
+    assert submit.is_lost(details) is lost
