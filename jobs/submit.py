@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import secrets
 import shlex
@@ -46,6 +47,8 @@ def submit_command(
     options = [part for override in overrides for part in ("--set", override)]
     options += (["--stage", stage] if stage else []) + (["--verbose"] if verbose else [])
     entrypoint = shlex.join(["python", "-m", "jobs", "run", _config_in_clone(config), *options])
+    if not verbose:
+        _quiet_client()
     code = follow_to_end(connect(address), entrypoint, upload_environment(), max_resubmits)
     if code:
         raise SystemExit(code)
@@ -171,10 +174,20 @@ def _one_line(error: Exception) -> str:
     return lines[-1] if len(lines) > 3 and "Traceback" in str(error) else lines[0] if lines else type(error).__name__
 
 
+def _quiet_client() -> None:
+    """Ray's client tells each file that it leaves out, several times."""
+    from ray.dashboard.modules import dashboard_sdk
+    from ray.dashboard.modules.job import sdk
+
+    for name in (dashboard_sdk.__name__, sdk.__name__, "ray._private.runtime_env"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def _exit_code(details: JobDetails) -> int:
     if details.status.value == "SUCCEEDED":
         return 0
-    typer.echo(f"job {details.submission_id} {details.status.value.lower()}: {details.message}", err=True)
+    told = (details.message or "").split(", last available logs")[0].splitlines()  # the log has been printed
+    typer.echo(f"job {details.submission_id} {details.status.value.lower()}: {told[0] if told else ''}", err=True)
     return details.driver_exit_code or 1
 
 

@@ -42,15 +42,16 @@ def job_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, 
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the job's own `python`
     folder = tmp_path_factory.mktemp("ray")
     with tempfile.TemporaryDirectory(prefix="ray") as short, contextlib.ExitStack() as ends:  # sockets have short names
         for attempt in range(_MOST_STARTS):  # Ray gives its raylet half a minute, too little on a machine in full use
             dashboard = free_port()
-            head = ends.enter_context(_started_head(dashboard, short, environment, folder / f"head-{attempt}.log"))
-            if _listens(dashboard, head):
+            log = folder / f"head-{attempt}.log"
+            if _is_up(dashboard, ends.enter_context(_started_head(dashboard, short, environment, log)), log):
                 break
         else:
-            raise RuntimeError((folder / f"head-{attempt}.log").read_text()[-3000:])
+            raise RuntimeError(log.read_text()[-3000:])
         yield f"http://127.0.0.1:{dashboard}", environment
 
 
@@ -75,11 +76,12 @@ def _started_head(
                     process.kill()
 
 
-def _listens(port: int, head: subprocess.Popen[bytes]) -> bool:
+def _is_up(port: int, head: subprocess.Popen[bytes], log: Path) -> bool:
+    """Until raylet and dashboard are there; False where Ray gave up."""
     deadline_s = time.monotonic() + _LONGEST_S
     while time.monotonic() < deadline_s and head.poll() is None:
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
+            if probe.connect_ex(("127.0.0.1", port)) == 0 and "Ray runtime started" in log.read_text():
                 return True
         time.sleep(0.2)
     return False
@@ -126,6 +128,7 @@ def test_a_stage_is_run_by_a_job_of_the_uploaded_clone(
     done = _run(environment, *command, "--set", 'prepare.source.path="nowhere.csv"')
     assert done.returncode == 2, done.stdout + done.stderr
     assert "nowhere.csv" in done.stdout
+    assert len(done.stderr.splitlines()) == 1  # of Ray's chatter nothing, and no log twice
 
 
 def test_a_wrong_token_is_one_clear_line(job_server: tuple[str, dict[str, str]]) -> None:
