@@ -33,7 +33,7 @@ cluster-test: $(STAMP) ## jobs over three nodes (network namespaces: root), MLfl
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || (apt-get update && apt-get install -y postgresql)
 	@command -v ip >/dev/null || (apt-get update && apt-get install -y iproute2)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cluster-test]"
-	$(TEST_ENV) $(BIN)/python -m pytest -x -s -v tests/multinode/scenarios.py
+	$(TEST_ENV) $(BIN)/python -m pytest -s -v tests/multinode/scenarios.py
 
 check: $(STAMP) ## format, lint, types, import directions, the files of infra/
 	$(BIN)/ruff format --check .

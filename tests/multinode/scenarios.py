@@ -18,6 +18,7 @@ from tests.multinode.nodes import Job, Node
 
 AFTER_MASKS = ("segmenter", "predictions", "evaluation")
 FROM_MASKS = ("pseudo_masks", *AFTER_MASKS)
+AFTER_MANIFEST = ("rounds", "choice", "cams", *FROM_MASKS)
 
 
 @pytest.fixture(scope="session")
@@ -81,8 +82,15 @@ def test_mlflow_away_for_60_seconds(lab: Lab, undisturbed: str) -> None:
         lab.mlflow.stop()
         time.sleep(60)
         lab.mlflow.start()
+        assert not (output / "evaluation/marker.json").exists(), (
+            "the run ended first; then MLflow has its beginning alone"
+        )
 
-    _run_disturbed(lab, undisturbed, "mlflow", AFTER_MASKS, _first_checkpoint, disturb)
+    _run_disturbed(lab, undisturbed, "mlflow", AFTER_MANIFEST, _first_classifier, disturb)
+
+
+def _first_classifier(output: Path) -> bool:
+    return any(output.glob("rounds/00/classifier/checkpoints/epoch-*.pt"))
 
 
 def _first_mask(output: Path) -> bool:
