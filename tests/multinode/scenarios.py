@@ -83,7 +83,7 @@ def test_mlflow_away_for_60_seconds(lab: Lab, undisturbed: str) -> None:
         time.sleep(60)
         lab.mlflow.start()
         assert not (output / "evaluation/marker.json").exists(), (
-            "the run ended first; then MLflow has its beginning alone"
+            "the run ended first"
         )
 
     _run_disturbed(lab, undisturbed, "mlflow", AFTER_MANIFEST, _first_classifier, disturb)
