@@ -66,7 +66,7 @@ class Lab:
         optimiser = "{{epochs={}, batch_size=4, learning_rate=0.01, freeze_batch_norm=false}}"
         return [
             f"output=s3://{S3_BUCKET}/{name}",
-            f"name={name}",
+            "name=multinode",
             "rounds=1",
             f"prepare.source.path=s3://{S3_BUCKET}/data/labels.csv",
             "prepare.rows_per_shard=1",

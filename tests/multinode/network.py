@@ -69,6 +69,7 @@ class Network:
             _ip("address", "add", f"{self._net}.1/24", "dev", self._bridge)
             _ip("link", "set", self._bridge, "up")
         except subprocess.CalledProcessError:
+            subprocess.run(["ip", "link", "delete", self._bridge], capture_output=True)
             return False
         return True
 

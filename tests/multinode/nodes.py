@@ -46,7 +46,9 @@ class Node:
             command += [f"--dashboard-host={self.address}", f"--ray-client-server-port={self._port(10001, network)}"]
         else:
             command += [f"--num-cpus={CPUS_PER_WORKER}", f"--address={head.address}:{head.gcs_port}"]
-        if network.apart:
+        if not network.apart:
+            command += ["--dashboard-agent-listen-port=0"]
+        else:
             # `ip netns exec` gives a mount namespace too: nodes share neither Ray's files nor its sockets.
             there = f"mkdir -p /tmp/ray && mount --bind {shlex.quote(str(own))} /tmp/ray && exec {shlex.join(command)}"
             command = ["ip", "netns", "exec", network.name(number), "sh", "-c", there]
