@@ -10,10 +10,10 @@ STAMP := $(VENV)/.installed
 # the caller sets it.
 TEST_ENV := PYTHONWARNINGS=ignore RAY_DISABLE_IMPORT_WARNING=1 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=$(CUDA_VISIBLE_DEVICES)
 
-.PHONY: help install demo test check format bench results peers killed-demo clean
+.PHONY: help install demo test cluster-test check format bench results peers killed-demo clean
 
 help: ## print this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Subcat needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
@@ -28,6 +28,12 @@ demo: $(STAMP) ## tags in, masks, segmenter and report out, on the embedded pict
 
 test: $(STAMP) ## the test suite (a Ray cluster of two workers and an S3 server inside)
 	$(TEST_ENV) $(BIN)/python -m pytest
+
+cluster-test: $(STAMP) ## jobs over three nodes (network namespaces: root), MLflow on PostgreSQL, machines and servers lost
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || (apt-get update && apt-get install -y postgresql)
+	@command -v ip >/dev/null || (apt-get update && apt-get install -y iproute2)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cluster-test]"
+	$(TEST_ENV) $(BIN)/python -m pytest -s -v tests/multinode/scenarios.py
 
 check: $(STAMP) ## format, lint, types, import directions, the files of infra/
 	$(BIN)/ruff format --check .

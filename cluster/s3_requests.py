@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from cluster.local_files import MissingFileError, StorageError
@@ -14,7 +16,22 @@ logger = logging.getLogger("subcat")
 
 S3_SCHEME = "s3://"
 _T = TypeVar("_T")
-_RETRY_WAITS_S = (0.2, 0.5, 1.0, 2.0)  # a first attempt, and a retry after each of these
+_RETRY_WAITS_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # a first attempt, and a retry after each: a minute in all
+_NUM_FIRST_RETRIES = 4
+_in_first_contact: ContextVar[bool] = ContextVar("in_first_contact", default=False)
+
+
+@contextlib.contextmanager
+def first_contact() -> Iterator[None]:
+    """Inside it, requests of this thread are given up after seconds: the endpoint may be a wrong one.
+
+    Elsewhere a server that is started again is waited for, a minute at most.
+    """
+    token = _in_first_contact.set(True)
+    try:
+        yield
+    finally:
+        _in_first_contact.reset(token)
 
 
 def call_s3(filesystem: Any, action: str, uri: str, call: Callable[[Any], _T], *, check_bucket: bool = False) -> _T:
@@ -26,7 +43,8 @@ def call_s3(filesystem: Any, action: str, uri: str, call: Callable[[Any], _T], *
     import aiohttp
     from botocore.exceptions import BotoCoreError, ClientError
 
-    for attempt in range(len(_RETRY_WAITS_S) + 1):
+    waits_s = _RETRY_WAITS_S[:_NUM_FIRST_RETRIES] if _in_first_contact.get() else _RETRY_WAITS_S
+    for attempt in range(len(waits_s) + 1):
         try:
             if check_bucket:
                 _require_bucket(filesystem, uri)
@@ -37,8 +55,8 @@ def call_s3(filesystem: Any, action: str, uri: str, call: Callable[[Any], _T], *
             if isinstance(error, FileNotFoundError) and not check_bucket:
                 _require_bucket(filesystem, uri)
             reason = _final_reason(error)
-            if reason is None and attempt < len(_RETRY_WAITS_S):
-                wait_s = _RETRY_WAITS_S[attempt]
+            if reason is None and attempt < len(waits_s):
+                wait_s = waits_s[attempt]
                 logger.warning("%s: cannot %s yet (%s); again in %.1f s", uri, action, _first_line(error), wait_s)
                 time.sleep(wait_s)
                 continue

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from cluster.local_files import LocalFiles, MissingFileError, StorageError
 from cluster.parquet_files import broken_table, read_columns, read_footer, read_remote_columns, read_remote_footer
-from cluster.s3_requests import S3_SCHEME, call_s3
+from cluster.s3_requests import S3_SCHEME, call_s3, first_contact
 
 __all__ = ["MissingFileError", "Storage", "StorageError", "read_uri"]
 
@@ -218,8 +218,9 @@ class Storage:
     def check_writable(self) -> None:
         """Write and delete a small file, so that a run fails at its start and not at its first output."""
         probe = f".subcat-{uuid.uuid4().hex}.tmp"
-        self.write_bytes(probe, b"subcat")
-        self.delete(probe)
+        with first_contact():
+            self.write_bytes(probe, b"subcat")
+            self.delete(probe)
 
     def _at(self, name: str) -> tuple[Any, str]:
         uri = self.uri(name)

@@ -92,6 +92,13 @@ class Tracker:
         return None if self._client is None else safe_text(self._client.uri)
 
     @property
+    def place(self) -> str | None:
+        """Where to look at the parent run: its page on a server, else the database and the run's id; None as above."""
+        if self._client is None or self.run_id is None:
+            return None
+        return safe_text(self._client.place(self.run_id))
+
+    @property
     def run_id(self) -> str | None:
         """Id of the parent run; None before the first answer."""
         return self._run_ids.get(_PARENT)

@@ -112,6 +112,12 @@ class TrackingClient:
         self._created.add(run_id)
         return run_id
 
+    def place(self, run_id: str) -> str:
+        """The address of a run's page, or the database and the run's id."""
+        if self.uri.startswith(("http://", "https://")):
+            return f"{self.uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{run_id}"
+        return f"{self.uri}, run {run_id}"
+
     def end_run(self, run_id: str, status: str) -> None:
         """status: FINISHED, FAILED or KILLED."""
         with self._answers():

@@ -1,4 +1,4 @@
-"""The command line: demo, prepare, validate, run, predict, submission, evaluate, report, results.
+"""The command line: demo, prepare, validate, run, predict, submission, evaluate, report, results, submit.
 
 Exit codes: 0 done; 1 the run failed (storage, lost workers); 2 the input or the config is wrong, or an output is of
 other inputs.
@@ -11,29 +11,24 @@ import logging
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from cluster.artifacts import ArtifactMismatch
 from cluster.progress import Progress
-from cluster.runtime import ClusterSettings, check_shared_storage, quiet_libraries, start_ray
+from cluster.runtime import ClusterSettings, check_shared_storage, quiet_libraries
 from cluster.storage import Storage, StorageError
 from cluster.streams import StreamSettings
-from cluster.tracking import Tracker
-from jobs import demo_dataset, evaluate, pipeline, predict, report, results, submission, summary
-from jobs.config import ConfigError, Experiment, load_experiment
-from jobs.context import StageContext
+from jobs import demo_dataset, evaluate, pipeline, predict, report, results, submission, submit, summary
+from jobs.config import ConfigError, load_experiment
 from jobs.dry_run import parse_assumptions, print_dry_run
+from jobs.execution import execute, with_ray
 from jobs.importers import list_images
 from jobs.manifest import open_manifest
 from jobs.prepare import PrepareSettings
 from jobs.validate import format_problems, validate
-
-T = TypeVar("T")
 
 app = typer.Typer(
     name="subcat",
@@ -169,7 +164,7 @@ def validate_command(
         cluster, stream, settings = experiment.cluster, experiment.stream, experiment.prepare
     else:
         settings = source
-    problems = _with_ray(
+    problems = with_ray(
         cluster,
         decode and stream.num_actors > 0,
         lambda: validate(
@@ -227,7 +222,7 @@ def predict_command(
             Progress(), segmenter=Storage(model), rows=rows, output=folder, settings=settings, stream=stream
         )
 
-    stats = _with_ray(ClusterSettings(), num_actors > 0, work, verbose)
+    stats = with_ray(ClusterSettings(), num_actors > 0, work, verbose)
     typer.echo(
         f"{stats['num_images']} masks in {Storage(output).uri('png')}, {stats['num_bad']} images could not be read"
     )
@@ -236,6 +231,7 @@ def predict_command(
 
 
 app.command(name="submission")(submission.submit)
+app.command(name="submit")(submit.submit_command)
 
 
 @app.command(name="evaluate")
@@ -270,42 +266,6 @@ def results_command(
 ) -> None:
     """Print the scores of several runs, say of three seeds, as a Markdown table with mean and spread."""
     typer.echo(results.results_tables(outputs))
-
-
-def execute(experiment: Experiment, *, last_stage: str | None = None, verbose: bool = False, command: str = "") -> None:
-    """Start what the run needs (Ray, MLflow), run the pipeline, print the table."""
-    storage = Storage(experiment.output)
-    storage.check_writable()
-    progress = Progress()
-
-    def work() -> None:
-        if needs_ray(experiment):
-            check_shared_storage(storage, experiment.cluster.shared_folder)
-        with Tracker(experiment.tracking, storage, experiment.name) as tracker:
-            tracker.log_config(experiment.flattened(), command)
-            pipeline.run(StageContext(experiment, storage, progress, tracker, command), last_stage)
-
-    _with_ray(experiment.cluster, needs_ray(experiment), work, verbose)
-    summary.print_summary(storage, experiment, Console())
-    if storage.exists("report/index.html"):
-        typer.echo(f"report: {storage.uri('report/index.html')}")
-
-
-def needs_ray(experiment: Experiment) -> bool:
-    """Whether any stage of the run, in any round, asks for workers or actors."""
-    rounds = [experiment.for_round(index) for index in range(experiment.rounds + 1)]
-    compute = [*(part.classifier.compute for part in rounds), experiment.segmenter.compute]
-    if experiment.affinity is not None:
-        compute.append(experiment.affinity.compute)
-    return experiment.stream.num_actors > 0 or any(part.num_workers > 0 for part in compute)
-
-
-def _with_ray(settings: ClusterSettings, needed: bool, work: Callable[[], T], verbose: bool) -> T:
-    """Call `work`, inside a Ray session where one is needed."""
-    if not needed:
-        return work()
-    with start_ray(settings, verbose=verbose):
-        return work()
 
 
 def _command() -> str:

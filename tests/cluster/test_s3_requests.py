@@ -33,3 +33,18 @@ def test_retries_are_bounded_and_logged(
     with pytest.raises(StorageError, match=r"^s3://b/x: cannot read: failed 3 times, last with: .* request rate"):
         s3_requests.call_s3(None, "read", "s3://b/x", flaky)
     assert num_calls == -7
+
+
+def test_the_first_contact_gives_up_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 55 <= sum(s3_requests._RETRY_WAITS_S) <= 65  # what a restarted server may take
+    monkeypatch.setattr(s3_requests, "_RETRY_WAITS_S", (0.0,) * len(s3_requests._RETRY_WAITS_S))
+
+    def away(filesystem: object) -> bytes:
+        raise OSError(errno.ECONNREFUSED, "Connection refused")
+
+    with pytest.raises(StorageError, match="failed 9 times"):
+        s3_requests.call_s3(None, "read", "s3://b/x", away)
+    with s3_requests.first_contact(), pytest.raises(StorageError, match="failed 5 times"):
+        s3_requests.call_s3(None, "read", "s3://b/x", away)
+    with pytest.raises(StorageError, match="failed 9 times"):
+        s3_requests.call_s3(None, "read", "s3://b/x", away)

@@ -291,7 +291,7 @@ def test_profile_and_endpoint_from_the_files_of_aws(s3_server: str, tmp_path: Pa
 
 
 def test_an_endpoint_that_does_not_answer(s3_server: str) -> None:
-    shown = run_python(f"Storage('s3://{S3_BUCKET}').read_bytes('x')", AWS_ENDPOINT_URL="http://127.0.0.1:9")
-    assert "x: cannot read: failed 5 times, last with: Could not connect to the endpoint URL" in shown
+    shown = run_python(f"Storage('s3://{S3_BUCKET}').check_writable()", AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    assert ".tmp: cannot write: failed 5 times, last with: Could not connect to the endpoint URL" in shown
     assert shown.splitlines()[0].endswith("check the S3 endpoint")
     assert shown.count("again in") == 4

@@ -12,6 +12,7 @@ from PIL import Image
 from cluster.storage import Storage
 from jobs import cli
 from jobs.config import parse_experiment
+from jobs.execution import execute
 
 TINY_CLASSES = ("disc", "square")
 Tiny = Callable[..., dict[str, Any]]
@@ -122,7 +123,7 @@ def tiny_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished_run(tiny_table: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Output of a tiny run, in process, that nobody disturbed; tests only read it."""
     output = str(tmp_path_factory.mktemp("finished") / "out")
-    cli.execute(parse_experiment(tiny_values(tiny_table, output)), command="subcat run tiny.toml")
+    execute(parse_experiment(tiny_values(tiny_table, output)), command="subcat run tiny.toml")
     return output
 
 

@@ -17,9 +17,9 @@ from cluster.tracking import Tracker
 from jobs import make_affinity_labels, make_pseudo_masks, pipeline, prepare, train_affinity
 from jobs.affinity_settings import IrnStageSettings, PsaStageSettings
 from jobs.cam_tables import read_truth
-from jobs.cli import needs_ray
 from jobs.config import ConfigError, parse_experiment
 from jobs.context import StageContext
+from jobs.execution import needs_ray
 from jobs.manifest import Manifest, open_manifest
 from jobs.summary import _scores
 from subcat_core import schemas

@@ -10,6 +10,7 @@ from PIL import Image
 
 from jobs import cli
 from jobs.config import parse_experiment
+from jobs.execution import needs_ray
 from tests.jobs.conftest import Tiny, call_cli
 
 
@@ -26,7 +27,18 @@ def _toml(folder: Path, table: Path, text: str = "") -> str:
 def test_the_commands_are_frozen() -> None:
     """A new command needs a decision, not a patch."""
     group = typer.main.get_command(cli.app)
-    commands = ["demo", "evaluate", "predict", "prepare", "report", "results", "run", "submission", "validate"]
+    commands = [
+        "demo",
+        "evaluate",
+        "predict",
+        "prepare",
+        "report",
+        "results",
+        "run",
+        "submission",
+        "submit",
+        "validate",
+    ]
     assert sorted(group.commands) == commands  # type: ignore[attr-defined]
 
 
@@ -118,7 +130,7 @@ def test_predict_evaluate_and_report_on_a_finished_run(
 
 
 def test_needs_ray_is_decided_by_the_settings(tiny: Tiny) -> None:
-    assert not cli.needs_ray(parse_experiment(tiny()))
-    assert cli.needs_ray(parse_experiment(tiny(stream={"num_actors": 1})))
+    assert not needs_ray(parse_experiment(tiny()))
+    assert needs_ray(parse_experiment(tiny(stream={"num_actors": 1})))
     one_round = {"1": {"classifier": {"compute": {"num_workers": 2}}}}
-    assert cli.needs_ray(parse_experiment(tiny(round=one_round)))
+    assert needs_ray(parse_experiment(tiny(round=one_round)))

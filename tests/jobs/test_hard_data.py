@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from cluster.storage import Storage
-from jobs.cli import execute
 from jobs.config import parse_experiment
+from jobs.execution import execute
 from subcat_core.images import decode_image
 from tests.jobs.conftest import draw_tiny, tiny_values
 

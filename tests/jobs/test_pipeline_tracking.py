@@ -12,8 +12,8 @@ from PIL import Image
 
 from cluster.storage import Storage
 from cluster.tracking import TRACKING_FILE
-from jobs.cli import execute
 from jobs.config import Experiment, parse_experiment
+from jobs.execution import execute
 from jobs.pipeline import plan
 from tests.conftest import free_port
 from tests.jobs.conftest import scores_of, small_values
