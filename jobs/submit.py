@@ -153,7 +153,8 @@ def _submit(client: JobSubmissionClient, entrypoint: str, environment: dict[str,
     started_s = time.monotonic()
     while True:
         try:
-            return client.submit_job(entrypoint=entrypoint, runtime_env=environment, submission_id=job_id)
+            # A copy: Ray puts the address of its upload into it, which does not outlive that cluster.
+            return client.submit_job(entrypoint=entrypoint, runtime_env=dict(environment), submission_id=job_id)
         except RuntimeError as error:
             if f"{job_id} already exists" in str(error):
                 return job_id
