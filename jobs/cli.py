@@ -1,4 +1,4 @@
-"""The command line: demo, prepare, validate, run, predict, submission, evaluate, report, results.
+"""The command line: demo, prepare, validate, run, predict, submission, evaluate, report, results, compare.
 
 Exit codes: 0 done; 1 the run failed (storage, lost workers); 2 the input or the config is wrong, or an output is of
 other inputs.
@@ -24,7 +24,7 @@ from cluster.runtime import ClusterSettings, check_shared_storage, quiet_librari
 from cluster.storage import Storage, StorageError
 from cluster.streams import StreamSettings
 from cluster.tracking import Tracker
-from jobs import demo_dataset, evaluate, pipeline, predict, report, results, submission, summary
+from jobs import compare, demo_dataset, evaluate, pipeline, predict, report, results, submission, summary
 from jobs.config import ConfigError, Experiment, load_experiment
 from jobs.context import StageContext
 from jobs.dry_run import parse_assumptions, print_dry_run
@@ -236,6 +236,7 @@ def predict_command(
 
 
 app.command(name="submission")(submission.submit)
+app.command(name="compare")(compare.compare)
 
 
 @app.command(name="evaluate")
