@@ -44,7 +44,7 @@ class ComparedRun:
         """`finished`, or how many of its stages are complete."""
         num_done = len(self.numbers.stages) if self.numbers else 0
         if self.experiment is None:
-            return f"{num_done} stages"
+            return f"complete stages: {num_done}"
         num_steps = len(plan(self.experiment)) - 1  # the report has no marker
         return "finished" if num_done >= num_steps else f"{num_done} of {num_steps} stages"
 
@@ -258,13 +258,21 @@ def _time_rows(runs: Sequence[ComparedRun]) -> list[Row]:
         {} if run.numbers is None else {(r.stage, r.round_index): r.stats for r in run.numbers.stages} for run in runs
     ]
     rows = []
-    for stage, index in dict.fromkeys(key for of_run in stages for key in of_run):
+    for stage, index in sorted(dict.fromkeys(key for of_run in stages for key in of_run), key=_place):
         cells = [_seconds(of_run.get((stage, index))) for of_run in stages]
         rows.append(Row(stage if index is None else f"{stage}, round {index}", cells))
     if rows:
         totals = [sum(float(stats.get("seconds") or 0) for stats in of_run.values()) for of_run in stages]
         rows.append(Row("all stages", [duration(total) if total else MISSING for total in totals]))
     return rows
+
+
+def _place(step: tuple[str, int | None]) -> tuple[int, int]:
+    """Stages before the rounds, the rounds in order, and what comes after them; runs may have others of each."""
+    stage, index = step
+    if index is not None:
+        return 1, index
+    return (0 if stage in ("prepare", "cut_tiles") else 2), 0
 
 
 def _seconds(stats: dict[str, Any] | None) -> str:

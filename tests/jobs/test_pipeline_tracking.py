@@ -12,6 +12,7 @@ from PIL import Image
 
 from cluster.storage import Storage
 from cluster.tracking import TRACKING_FILE
+from cluster.tracking_search import output_of_run
 from jobs.cli import execute
 from jobs.config import Experiment, parse_experiment
 from jobs.manifest import open_manifest
@@ -152,3 +153,16 @@ def test_a_server_that_is_not_there_is_a_warning_and_changes_no_score(
     assert "never got" in lost[0]
     assert scores_of(str(tmp_path / "out")) == scores_of(followed.storage.root)
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_run_is_found_by_its_id_and_by_its_name(followed: Followed) -> None:
+    uri = followed.storage.read_json(TRACKING_FILE)["uri"]
+    assert output_of_run(uri, followed.parent.info.run_id) == followed.storage.root
+    assert output_of_run(uri, "tiny") == followed.storage.root
+    with pytest.raises(ValueError, match="other: neither the output folder of a run nor the id or name of a parent"):
+        output_of_run(uri, "other")
+    with pytest.raises(ValueError, match="train_segmenter: neither the output"):  # a stage's run
+        output_of_run(uri, "train_segmenter")
+    followed.client.create_run(followed.parent.info.experiment_id, run_name="tiny")
+    with pytest.raises(ValueError, match=r"tiny: 2 MLflow runs have this name; give an id or a folder"):
+        output_of_run(uri, "tiny")
