@@ -264,6 +264,9 @@ def _time_rows(runs: Sequence[ComparedRun]) -> list[Row]:
     if rows:
         totals = [sum(float(stats.get("seconds") or 0) for stats in of_run.values()) for of_run in stages]
         rows.append(Row("all stages", [duration(total) if total else MISSING for total in totals]))
+        gpu_hours = [sum(float(stats.get("gpu_hours") or 0) for stats in of_run.values()) for of_run in stages]
+        if any(gpu_hours):
+            rows.append(Row("GPU hours", [f"{hours:.2f}" if hours else MISSING for hours in gpu_hours]))
     return rows
 
 

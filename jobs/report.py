@@ -135,7 +135,7 @@ def choose_examples(
 
 
 def headline_metrics(numbers: RunNumbers) -> dict[str, float | None]:
-    """The scores of the run's end for its MLflow parent run: those by which runs are compared."""
+    """The scores of the run's end, and its time, for its MLflow parent run: those by which runs are compared."""
     values: dict[str, float | None] = {}
     if numbers.final_round in numbers.cams:
         for split, score in numbers.cams[numbers.final_round]["splits"].items():
@@ -145,6 +145,8 @@ def headline_metrics(numbers: RunNumbers) -> dict[str, float | None]:
     for name, scores in made.items():
         for split, score in ((scores or {}).get("splits") or {}).items():
             values[f"final/{name}_miou_{split}"] = score["miou"]
+    for key in ("seconds", "gpu_hours"):
+        values[f"total/{key}"] = sum(float(record.stats.get(key) or 0) for record in numbers.stages)
     return values
 
 
