@@ -56,7 +56,8 @@ def complete(
     name: folder below the run's root. inputs: settings and fingerprints that decide the output. work: gets the begun
     artifact and its MLflow run, writes into `artifact.folder` and returns JSON-able stats for the marker.
     Its seconds are those of this call; `resumed` says that an earlier call had done a part. driver_rss_bytes: the
-    driver's peak since its start; gpu_hours: of the GPUs that the stage held, where it held any; run_bytes: the stage's peak of all processes of the run (cluster/memory.py).
+    driver's peak since its start; run_bytes: the stage's peak of all processes of the run (cluster/memory.py);
+    gpu_hours: of the GPUs that the stage held, where it held any.
     Raises ArtifactMismatch when the folder holds the output of other inputs.
     """
     artifact = Artifact(context.storage, name, {"stage": stage, **inputs})
