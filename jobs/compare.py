@@ -21,6 +21,9 @@ from cluster.tracking_client import safe_text
 from jobs.compare_page import comparison_page
 from jobs.compare_runs import Comparison, Row, compare_runs, open_runs, shown
 
+_LONGEST_KEY = 44
+"""Characters that the first column keeps before the runs' columns get narrower."""
+
 
 def compare(
     runs: Annotated[
@@ -68,7 +71,7 @@ def _print_rows(console: Console, compared: Comparison, rows: Sequence[Row], lef
     if not rows:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", overflow="fold", min_width=24)
+    table.add_column("", overflow="fold", min_width=min(_LONGEST_KEY, max(len(row.what) for row in rows)))
     for run in compared.runs:
         table.add_column(escape(run.name), justify="left" if left else "right", overflow="fold")
     for row in rows:
