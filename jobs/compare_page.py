@@ -137,7 +137,7 @@ def _settings_section(compared: Comparison) -> str:
     if compared.other_settings:
         inner = _table(compared.runs, compared.other_settings)
         parts.append(
-            f"<details><summary>Where and how fast, {len(compared.other_settings)} settings</summary>{inner}</details>"
+            f"<details><summary>Where and how fast ({len(compared.other_settings)})</summary>{inner}</details>"
         )
     return section("settings", "Settings", "".join(parts), "Only those that differ.")
 
