@@ -231,13 +231,17 @@ def _result_rows(runs: Sequence[ComparedRun], with_differences: bool) -> list[Ro
     rows = []
     for what, split, which in keys:
         values = [run.scores.get((what, split, which)) for run in runs]
-        first = values[0]
         differences: list[float | None] = []
         if with_differences and (which in _IS_MIOU or which.startswith("at ")):
-            differences = [None if value in (None, first) or first is None else value - first for value in values]
+            differences = [_difference(value, values[0]) for value in values]
         title = ", ".join(part for part in (what, split, "" if which == "mIoU" else which) if part)
         rows.append(Row(title, [_number(value) for value in values], differences))
     return rows
+
+
+def _difference(value: float | None, first: float | None) -> float | None:
+    """To the first run's; None where one of the two is missing, and for the same number."""
+    return None if value is None or first is None or value == first else value - first
 
 
 def _order(what: str) -> int:
