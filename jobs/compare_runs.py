@@ -23,7 +23,6 @@ MISSING = "–"
 _NO_RESULT = ("stream", "cluster", "tracking", "report", "compute", "max_bad_frac", "keep_checkpoints")
 """Parts of keys that say where and how fast work is done."""
 _NOT_COMPARED = ("name", "output")
-_IS_MIOU = ("mIoU", "at best threshold")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +231,7 @@ def _result_rows(runs: Sequence[ComparedRun], with_differences: bool) -> list[Ro
     for what, split, which in keys:
         values = [run.scores.get((what, split, which)) for run in runs]
         differences: list[float | None] = []
-        if with_differences and (which in _IS_MIOU or which.startswith("at ")):
+        if with_differences and (which == "mIoU" or which.startswith("at ")):
             differences = [_difference(value, values[0]) for value in values]
         title = ", ".join(part for part in (what, split, "" if which == "mIoU" else which) if part)
         rows.append(Row(title, [_number(value) for value in values], differences))
