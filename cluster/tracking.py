@@ -39,6 +39,9 @@ class TrackingSettings(Settings):
     MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, never from here."""
     experiment: str = Field(default="subcat", min_length=1)
     """Name of the MLflow experiment."""
+    registered_model: str | None = Field(default=None, min_length=1)
+    """Name in MLflow's model registry that each trained segmenter becomes a version of. None: the model stands with its
+    run alone."""
     timeout_s: int = Field(default=10, ge=1, le=600)
     """Longest wait for one answer of the server; each call is retried once."""
 
@@ -130,6 +133,15 @@ class Tracker:
             if command:
                 self._parent().log_text("command.txt", command)
 
+        self._with_the_rest(log)
+
+    def set_tags(self, tags: Mapping[str, object]) -> None:
+        """Tags of the parent run, set once the run has something else to tell."""
+        kept = dict(tags)
+        self._with_the_rest(lambda: self._parent().set_tags(kept))
+
+    def _with_the_rest(self, log: Callable[[], None]) -> None:
+        """Now, or as the run opens: what alone is no reason to open it."""
         if self._opened:
             log()
         else:
@@ -173,10 +185,14 @@ class Tracker:
             "merge": merge,
         }
         files = {"model.pt": state, "segmenter.json": json.dumps(described, indent=2).encode()}
+        table = {"classes": list(classes.names), "has_background": classes.has_background}
+        registered = self.settings.registered_model
         logged: list[str] = []
-        self.record(
-            _PARENT, "log the model", lambda client, run_id: logged.append(client.log_model(run_id, files, example))
-        )
+
+        def log(client: TrackingClient, run_id: str) -> None:
+            logged.append(client.log_model(run_id, files, example, metadata=table, registered=registered))
+
+        self.record(_PARENT, "log the model", log)
         return logged[0] if logged else None
 
     def record(self, key: str, what: str, call: Callable[[TrackingClient, str], object]) -> None:

@@ -20,6 +20,7 @@ from cluster.outages import Rejected
 
 _BATCH = 100
 _MAX_VALUE_CHARS = 500
+_MAX_TAG_CHARS = 5000
 _REFUSALS = (
     "BAD_REQUEST",
     "FEATURE_DISABLED",
@@ -57,12 +58,12 @@ def clean_name(name: str) -> str:
     return re.sub(r"[^\w./ -]", "_", name)[:250]
 
 
-def param_text(key: str, value: object) -> str:
+def param_text(key: str, value: object, max_chars: int = _MAX_VALUE_CHARS) -> str:
     """A value as text, shortened to what every server takes; *** where the key sounds like a secret."""
     if _SECRET_KEY.search(key.rsplit(".", 1)[-1]):
         return "***"
     text = safe_text(str(value))
-    return text if len(text) <= _MAX_VALUE_CHARS else text[: _MAX_VALUE_CHARS - 1] + "…"
+    return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
 
 
 class TrackingClient:
@@ -73,7 +74,7 @@ class TrackingClient:
     """
 
     def __init__(self, uri: str | None, experiment: str, folder: Path, timeout_s: int) -> None:
-        mlflow = _quiet_mlflow(timeout_s)
+        mlflow = quiet_mlflow(timeout_s)
         artifacts = None
         if uri is None and mlflow.is_tracking_uri_set():
             uri = str(mlflow.get_tracking_uri())
@@ -158,8 +159,9 @@ class TrackingClient:
         """A later value replaces an earlier one."""
         from mlflow.entities import RunTag
 
+        entries = [RunTag(clean_name(k), param_text(k, v, _MAX_TAG_CHARS)) for k, v in tags.items()]
         with self._answers():
-            self._client.log_batch(run_id, tags=[RunTag(clean_name(k), param_text(k, v)) for k, v in tags.items()])
+            self._client.log_batch(run_id, tags=entries)
 
     def log_bytes(self, run_id: str, name: str, data: bytes) -> None:
         """A file among the run's artifacts; name: "images/examples.png"."""
@@ -169,10 +171,17 @@ class TrackingClient:
             local.write_bytes(data)
             self._client.log_artifact(run_id, str(local), folder or None)
 
-    def log_model(self, run_id: str, files: Mapping[str, bytes], example: bytes) -> str:
+    def log_model(
+        self,
+        run_id: str,
+        files: Mapping[str, bytes],
+        example: bytes,
+        metadata: Mapping[str, object] | None = None,
+        registered: str | None = None,
+    ) -> str:
         """The pyfunc model of tracking_model.py as a logged model of a run; returns its URI.
 
-        files: model.pt and segmenter.json. Code travels as the source of subcat_core and of tracking_model.py.
+        files: model.pt and segmenter.json; code travels as source. registered: the registry's model it becomes one of.
         """
         import mlflow
         from mlflow.models import ModelSignature
@@ -195,6 +204,9 @@ class TrackingClient:
                     pip_requirements=_requirements(),
                     signature=ModelSignature(inputs=one_binary, outputs=one_binary),
                     input_example=[example],
+                    metadata=None if metadata is None else dict(metadata),
+                    registered_model_name=registered,
+                    await_registration_for=None,
                 )
         return str(logged.model_uri)
 
@@ -262,7 +274,7 @@ def _fluent(uri: str, run_id: str) -> Iterator[None]:
         mlflow.MlflowClient(tracking_uri=uri).update_run(run_id, status="RUNNING")
 
 
-def _quiet_mlflow(timeout_s: int) -> Any:
+def quiet_mlflow(timeout_s: int) -> Any:
     """mlflow with short waits, no usage reports to its makers and no chatter; what the user has set stays."""
     import mlflow
     from mlflow import environment_variables as variables

@@ -1,4 +1,4 @@
-"""The command line: demo, prepare, validate, run, predict, submission, evaluate, report, results, submit.
+"""The command line: demo, prepare, validate, run, predict, submission, submit, evaluate, report, results, compare.
 
 Exit codes: 0 done; 1 the run failed (storage, lost workers); 2 the input or the config is wrong, or an output is of
 other inputs.
@@ -21,7 +21,7 @@ from cluster.progress import Progress
 from cluster.runtime import ClusterSettings, check_shared_storage, quiet_libraries
 from cluster.storage import Storage, StorageError
 from cluster.streams import StreamSettings
-from jobs import demo_dataset, evaluate, pipeline, predict, report, results, submission, submit, summary
+from jobs import compare, demo_dataset, evaluate, pipeline, predict, report, results, submission, submit, summary
 from jobs.config import ConfigError, load_experiment
 from jobs.dry_run import parse_assumptions, print_dry_run
 from jobs.execution import execute, with_ray
@@ -232,6 +232,7 @@ def predict_command(
 
 app.command(name="submission")(submission.submit)
 app.command(name="submit")(submit.submit_command)
+app.command(name="compare")(compare.compare)
 
 
 @app.command(name="evaluate")

@@ -170,7 +170,7 @@ class Experiment(Settings):
 
     def flattened(self) -> dict[str, str]:
         """Dotted key -> value as text, for MLflow and for the report."""
-        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in _flat(self)}
+        return flattened(self.model_dump(mode="json"))
 
 
 def load_experiment(path: str, overrides: Iterable[str] = ()) -> Experiment:
@@ -225,17 +225,14 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _flat(experiment: Experiment) -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-
-    def walk(prefix: str, value: Any) -> None:
+def flattened(values: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted key -> value as text of nested settings; a list or an empty table is a value."""
+    rows: dict[str, str] = {}
+    for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+            rows |= {f"{key}.{inner}": text for inner, text in flattened(value).items()}
         else:
-            rows.append((prefix, value))
-
-    walk("", experiment.model_dump(mode="json"))
+            rows[key] = value if isinstance(value, str) else json.dumps(value)
     return rows
 
 

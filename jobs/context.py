@@ -15,6 +15,7 @@ from cluster.storage import Storage
 from cluster.streams import ShardSummary
 from cluster.tracking import ChildRun, Tracker
 from cluster.training import TrainResult
+from jobs.gpu_time import held_gpus
 
 if TYPE_CHECKING:
     from jobs.config import Experiment
@@ -55,7 +56,8 @@ def complete(
     name: folder below the run's root. inputs: settings and fingerprints that decide the output. work: gets the begun
     artifact and its MLflow run, writes into `artifact.folder` and returns JSON-able stats for the marker.
     Its seconds are those of this call; `resumed` says that an earlier call had done a part. driver_rss_bytes: the
-    driver's peak since its start; run_bytes: the stage's peak of all processes of the run (cluster/memory.py).
+    driver's peak since its start; run_bytes: the stage's peak of all processes of the run (cluster/memory.py);
+    gpu_hours: of the GPUs that the stage held, where it held any.
     Raises ArtifactMismatch when the folder holds the output of other inputs.
     """
     artifact = Artifact(context.storage, name, {"stage": stage, **inputs})
@@ -74,6 +76,8 @@ def complete(
         stats = {"seconds": round(seconds, 2), "resumed": resumed, **measured, **stats}
         if stats.get("num_images") and not resumed:
             stats.setdefault("images_per_s", round(stats["num_images"] / max(seconds, 1e-9), 2))
+        if gpus := held_gpus(context.experiment, stage):
+            stats["gpu_hours"] = round(gpus * seconds / 3600, 5)
         numbers = {f"{stage}/{key}": float(value) for key, value in stats.items() if isinstance(value, int | float)}
         child.log_metrics({name: value for name, value in numbers.items() if name not in child.told_by_step})
         artifact.commit(stats)

@@ -22,7 +22,7 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from cluster.artifacts import Artifact
+from cluster.artifacts import Artifact, code_version
 from cluster.storage import Storage
 from jobs import (
     choose_round,
@@ -180,6 +180,7 @@ def run_stages(context: StageContext) -> Iterator[str]:
     prepare.run(context)
     manifest = open_manifest(context.storage)
     _check_splits(context.experiment, manifest)
+    context.tracker.set_tags({"data": manifest.fingerprint, "code_version": code_version()})
     yield "prepare"
 
     tiles: Manifest | None = None

@@ -47,16 +47,23 @@ def protocol_markdown(protocols: Mapping[str, Mapping[str, Any]]) -> str:
     keys = list(dict.fromkeys(key for protocol in protocols.values() for key in protocol if key != "rng_seed"))
     rows = [f"| protocol | {' | '.join(protocols)} |", "|---" * (len(protocols) + 1) + "|"]
     for key in keys:
-        cells = (_text(protocol[key]) if key in protocol else "" for protocol in protocols.values())
+        cells = (field_text(protocol[key]) if key in protocol else "" for protocol in protocols.values())
         rows.append(f"| {key.replace('_', ' ')} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def _text(value: Any) -> str:
+def protocol_text(protocol: Mapping[str, Any]) -> str:
+    """A stored protocol as one line without its rng_seed: the same line where numbers may be compared."""
+    kept = {key.replace("_", " "): field_text(value) for key, value in protocol.items() if key != "rng_seed"}
+    return "; ".join(f"{key}: {text}" for key, text in kept.items())
+
+
+def field_text(value: Any) -> str:
+    """A value of a stored protocol as text for a table."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_text(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key} {field_text(inner)}" for key, inner in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_text(inner) for inner in value)
+        return ", ".join(field_text(inner) for inner in value)
     return "its own size" if value is None else str(value).replace("|", "\\|")

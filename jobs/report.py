@@ -20,6 +20,7 @@ from cluster.tracking_client import safe_text
 from jobs import report_page, report_sections, report_stages
 from jobs.cut_tiles import has_tiles, open_tiles
 from jobs.manifest import open_manifest
+from jobs.protocol import protocol_text
 from jobs.report_gallery import make_galleries
 from jobs.report_numbers import RunNumbers, read_numbers
 from jobs.report_pictures import Example, PictureReader, choose
@@ -74,6 +75,7 @@ def run(context: StageContext) -> str:
         if examples:
             child.log_image("images/examples.png", to_png(overview(examples)))
         context.tracker.log_metrics(headline_metrics(numbers))
+        context.tracker.set_tags(protocol_tags(numbers))
     return context.storage.uri(PAGE)
 
 
@@ -133,7 +135,7 @@ def choose_examples(
 
 
 def headline_metrics(numbers: RunNumbers) -> dict[str, float | None]:
-    """The scores of the run's end for its MLflow parent run: those by which runs are compared."""
+    """The scores of the run's end, and its time, for its MLflow parent run: those by which runs are compared."""
     values: dict[str, float | None] = {}
     if numbers.final_round in numbers.cams:
         for split, score in numbers.cams[numbers.final_round]["splits"].items():
@@ -143,7 +145,21 @@ def headline_metrics(numbers: RunNumbers) -> dict[str, float | None]:
     for name, scores in made.items():
         for split, score in ((scores or {}).get("splits") or {}).items():
             values[f"final/{name}_miou_{split}"] = score["miou"]
+    for key in ("seconds", "gpu_hours"):
+        values[f"total/{key}"] = sum(float(record.stats.get(key) or 0) for record in numbers.stages)
     return values
+
+
+def protocol_tags(numbers: RunNumbers) -> dict[str, str]:
+    """How each final score was taken, as tags of the MLflow parent run: compare numbers where these are the same."""
+    made = {
+        "cam": numbers.cams.get(numbers.final_round or 0),
+        "pseudo_mask": numbers.pseudo_masks,
+        "segmenter": numbers.evaluation,
+        "supervised": numbers.supervised,
+    }
+    told = {name: (scores or {}).get("protocol") for name, scores in made.items()}
+    return {f"protocol.{name}": protocol_text(protocol) for name, protocol in told.items() if protocol}
 
 
 def overview(examples: Sequence[Example]) -> np.ndarray:
@@ -152,10 +168,13 @@ def overview(examples: Sequence[Example]) -> np.ndarray:
     return contact_sheet(rows, side_px=150)
 
 
-def fill_template(name: str, head: str, sections: Sequence[str]) -> str:
-    """The whole page. head and sections are HTML; empty sections are left out of the navigation too."""
+def fill_template(name: str, head: str, sections: Sequence[str], titles: Sequence[tuple[str, str]] = _SECTIONS) -> str:
+    """The whole page. head and sections are HTML; empty sections are left out of the navigation too.
+
+    titles: (anchor, title) of every section that there may be.
+    """
     body = "".join(sections)
-    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in _SECTIONS if f'id="{anchor}"' in body)
+    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in titles if f'id="{anchor}"' in body)
     whole = (
         f"<header><div>{head}</div></header><nav><div>{links}</div></nav><main>{body}"
         "<footer>One file: pictures and style are inside, nothing is loaded from elsewhere.</footer></main>"

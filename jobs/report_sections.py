@@ -62,14 +62,15 @@ def _example(example: Example, used: Sequence[int], classes: ClassTable) -> str:
     badge = f'<span class="badge">{told}</span>'
     if example.is_worst:
         badge = f'<span class="badge worst">among the worst · {told}</span>'
-    panels = "".join(f"<div>{''.join(_panel(panel) for panel in example.columns[index])}</div>" for index in used)
+    panels = "".join(f"<div>{''.join(panel_figure(panel) for panel in example.columns[index])}</div>" for index in used)
     title = f"<code>{esc(candidate.image_id)}</code>{badge}{chips(classes, candidate.labels)}"
     return (
         f'<article class="example"><p>{title}</p><div class="panels" style="--n:{len(used)}">{panels}</div></article>'
     )
 
 
-def _panel(panel: Panel) -> str:
+def panel_figure(panel: Panel) -> str:
+    """A picture with its caption."""
     if panel.image is None:
         return f'<figure><div class="none">none</div><figcaption>{esc(panel.caption)}</figcaption></figure>'
     height, width = panel.image.shape[:2]

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cluster.storage import Storage
 from jobs.protocol import protocol_markdown
+from jobs.report_numbers import read_optional
 
 Line = tuple[str, str, str]
 """(what, split, which number)"""
@@ -59,6 +60,11 @@ def scores_of_run(storage: Storage) -> dict[Line, float | None]:
     """Every mIoU of one finished run. Raises ValueError when the run is not finished."""
     if not storage.exists("evaluation/marker.json"):
         raise ValueError(f"{storage.root}: not a finished run (no evaluation/marker.json); run its config to the end")
+    return scores_so_far(storage)
+
+
+def scores_so_far(storage: Storage) -> dict[Line, float | None]:
+    """Every mIoU that there is of a run, finished or not."""
     lines: dict[Line, float | None] = {}
     for index, cams in enumerate(_cams(storage)):
         for split, score in cams["splits"].items():
@@ -75,7 +81,38 @@ def scores_of_run(storage: Storage) -> dict[Line, float | None]:
                 lines[(name, split, f"at {curve['fixed']['threshold']:.2f}")] = curve["fixed"]["miou"]
                 lines[(name, split, "at best threshold")] = curve["best"]["miou"]
                 lines[(name, split, "best threshold")] = curve["best"]["threshold"]
-    choice = storage.read_json("choice/choice.json")
+    lines |= _choice_lines(read_optional(storage, "choice/choice.json"))
+    for split, score in _splits(storage, "pseudo_masks/scores.json"):
+        for key, name in WALK_STEPS.items():
+            if key in score:
+                lines[(name, split, "mIoU")] = score[key]["miou"]
+        lines[("pseudo masks", split, "mIoU")] = score["miou"]
+    for what, name in _self_training(storage).items():
+        for split, score in _splits(storage, name):
+            lines[(what, split, "mIoU")] = score["miou"]
+    for split, score in _splits(storage, "evaluation/scores.json"):
+        lines[("segmenter", split, "mIoU")] = score["miou"]
+    for split, score in _splits(storage, "supervised/evaluation/scores.json"):
+        lines[("segmenter from full masks", split, "mIoU")] = score["miou"]
+        from_tags = lines.get(("segmenter", split, "mIoU"))
+        ratio = from_tags / score["miou"] if from_tags is not None and score["miou"] else None
+        full = storage.read_json("supervised/evaluation/scores.json")
+        same = same_images(storage.read_json("evaluation/scores.json"), full)
+        lines[("tags / full masks" if same else "tags / full masks of fewer images", split, "ratio")] = ratio
+    return lines
+
+
+def _splits(storage: Storage, name: str) -> Iterable[tuple[str, dict[str, Any]]]:
+    """(split, score) of a scores.json; nothing where there is none yet."""
+    scores: dict[str, dict[str, Any]] = (read_optional(storage, name) or {}).get("splits") or {}
+    return scores.items()
+
+
+def _choice_lines(choice: dict[str, Any] | None) -> dict[Line, float | None]:
+    """choice: choice.json, or None before the choice."""
+    lines: dict[Line, float | None] = {}
+    if choice is None:
+        return lines
     for index, step in enumerate(choice["rounds"]):
         lines[(f"score without ground truth, round {index}", "sample of train", "score")] = step["score"]
         if step["threshold"] >= 0:  # below 0: no background, so none
@@ -86,24 +123,6 @@ def scores_of_run(storage: Storage) -> dict[Line, float | None]:
     if choice.get("background_by") not in ("walk", "none"):
         key = "alpha" if choice["mask"]["background"] == "power" else "background_score"
         lines[("background of the masks", "", key)] = choice["mask"][key]
-    for split, score in storage.read_json("pseudo_masks/scores.json")["splits"].items():
-        for key, name in WALK_STEPS.items():
-            if key in score:
-                lines[(name, split, "mIoU")] = score[key]["miou"]
-        lines[("pseudo masks", split, "mIoU")] = score["miou"]
-    for what, name in _self_training(storage).items():
-        for split, score in storage.read_json(name)["splits"].items():
-            lines[(what, split, "mIoU")] = score["miou"]
-    for split, score in storage.read_json("evaluation/scores.json")["splits"].items():
-        lines[("segmenter", split, "mIoU")] = score["miou"]
-    if storage.exists("supervised/evaluation/scores.json"):
-        full = storage.read_json("supervised/evaluation/scores.json")
-        for split, score in full["splits"].items():
-            lines[("segmenter from full masks", split, "mIoU")] = score["miou"]
-            from_tags = lines[("segmenter", split, "mIoU")]
-            ratio = from_tags / score["miou"] if from_tags is not None and score["miou"] else None
-            same = same_images(storage.read_json("evaluation/scores.json"), full)
-            lines[("tags / full masks" if same else "tags / full masks of fewer images", split, "ratio")] = ratio
     return lines
 
 
@@ -199,9 +218,10 @@ def _protocols(storages: Sequence[Storage]) -> dict[str, dict[str, Any]]:
 
 
 def _cams(storage: Storage) -> list[dict[str, Any]]:
-    """The scores of every round's CAMs."""
+    """The scores of every round's CAMs, as far as the run has come."""
     rounds = range(storage.read_json("config.json")["rounds"] + 1)
-    return [storage.read_json(f"rounds/{index:02d}/cams/scores.json") for index in rounds]
+    found = [read_optional(storage, f"rounds/{index:02d}/cams/scores.json") for index in rounds]
+    return list(itertools.takewhile(bool, found))
 
 
 def markdown(runs: Sequence[dict[Line, float | None]], names: Sequence[str]) -> str:

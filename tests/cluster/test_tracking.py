@@ -271,12 +271,15 @@ def test_the_model_comes_back_and_predicts(database: Path, tiny_segmenter: tuple
     classes = ClassTable(("cat", "dog"))
     example = to_png(np.random.default_rng(0).integers(0, 256, (40, 56, 3)).astype(np.uint8))
     uri_before = mlflow.get_tracking_uri()
-    with Tracker(TrackingSettings(), Storage(str(database / "model")), "model") as tracker:
+    registered = TrackingSettings(registered_model="pets")
+    with Tracker(registered, Storage(str(database / "model")), "model") as tracker:
         uri = tracker.log_model(
             state=state, settings=settings, classes=classes, example=example, base_px=32, flip=False
         )
         assert uri is not None
         assert client_of(database).get_run(tracker.run_id).info.status == "RUNNING"
+        (version,) = client_of(database).search_model_versions("name = 'pets'")
+        assert version.run_id == tracker.run_id
     assert mlflow.get_tracking_uri() == uri_before
     code = f"""
 import json, sys, mlflow, numpy as np, pandas as pd, base64

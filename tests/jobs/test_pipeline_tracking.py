@@ -12,11 +12,14 @@ from PIL import Image
 
 from cluster.storage import Storage
 from cluster.tracking import TRACKING_FILE
+from cluster.tracking_search import output_of_run
 from jobs.config import Experiment, parse_experiment
 from jobs.execution import execute
+from jobs.manifest import open_manifest
 from jobs.pipeline import plan
+from jobs.protocol import protocol_text
 from tests.conftest import free_port
-from tests.jobs.conftest import scores_of, small_values
+from tests.jobs.conftest import TINY_CLASSES, scores_of, small_values
 
 
 def _experiment(table: Path, output: Path, tracking: dict[str, Any]) -> Experiment:
@@ -72,6 +75,18 @@ def test_the_parent_run_holds_settings_command_and_final_scores(followed: Follow
     assert final["final/cam_miou_val_best"] == scores[f"rounds/{chosen:02d}/cams"]["splits"]["val"]["best"]["miou"]
 
 
+def test_tags_tell_the_data_the_code_and_how_each_score_was_taken(followed: Followed) -> None:
+    tags = followed.parent.data.tags
+    assert tags["data"] == open_manifest(followed.storage).fingerprint
+    assert tags["code_version"] == followed.storage.read_json("segmenter/marker.json")["code_version"]
+    told = {key for key in tags if key.startswith("protocol.")}
+    assert told == {"protocol.cam", "protocol.pseudo_mask", "protocol.segmenter"}
+    protocol = followed.storage.read_json("evaluation/scores.json")["protocol"]
+    assert tags["protocol.segmenter"] == protocol_text(protocol)
+    assert "supervision: image tags; " in tags["protocol.segmenter"]
+    assert "rng seed" not in tags["protocol.segmenter"]
+
+
 def test_every_stage_of_every_round_is_a_child_run_that_ended_well(followed: Followed) -> None:
     steps = {
         step.stage if step.round_index is None else f"{step.stage}, round {step.round_index}": step
@@ -119,7 +134,8 @@ def test_the_model_is_there_with_the_weights_of_the_run(followed: Followed, tmp_
     assert (model.name, model.status) == ("segmenter", "READY")
     assert model.source_run_id == followed.parent.info.run_id
     folder = Path(mlflow.artifacts.download_artifacts(model.artifact_location, dst_path=str(tmp_path)))
-    assert (folder / "MLmodel").is_file()
+    metadata = mlflow.models.Model.load(str(folder)).metadata
+    assert metadata == {"classes": list(TINY_CLASSES), "has_background": True}
     assert (folder / "artifacts/model.pt").read_bytes() == followed.storage.read_bytes("segmenter/model.pt")
 
 
@@ -137,3 +153,16 @@ def test_a_server_that_is_not_there_is_a_warning_and_changes_no_score(
     assert "never got" in lost[0]
     assert scores_of(str(tmp_path / "out")) == scores_of(followed.storage.root)
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_run_is_found_by_its_id_and_by_its_name(followed: Followed) -> None:
+    uri = followed.storage.read_json(TRACKING_FILE)["uri"]
+    assert output_of_run(uri, followed.parent.info.run_id) == followed.storage.root
+    assert output_of_run(uri, "tiny") == followed.storage.root
+    with pytest.raises(ValueError, match="other: neither the output folder of a run nor the id or name of a parent"):
+        output_of_run(uri, "other")
+    with pytest.raises(ValueError, match="train_segmenter: neither the output"):  # a stage's run
+        output_of_run(uri, "train_segmenter")
+    followed.client.create_run(followed.parent.info.experiment_id, run_name="tiny")
+    with pytest.raises(ValueError, match=r"tiny: 2 MLflow runs have this name; give an id or a folder"):
+        output_of_run(uri, "tiny")

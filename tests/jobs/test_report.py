@@ -353,6 +353,9 @@ def test_run_writes_logs_and_says_where(tmp_path: Path) -> None:
     metrics = client.get_run(str(run_id)).data.metrics
     assert metrics["final/segmenter_miou_val"] == 0.612
     assert metrics["final/pseudo_mask_miou_train"] == 0.583
+    assert metrics["total/seconds"] == pytest.approx(
+        2.2 + 20.3 + 183 + 8 + 1.1 + 61.5 + 70.5 + 79.5 + 3 * 14.2 + 2 * 6.5
+    )
     child = storage.read_json("tracking.json")["runs"]["report"]
     paths = {item.path for item in client.list_artifacts(child)}
     assert paths == {"report.html", "images"}

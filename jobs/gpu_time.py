@@ -1,0 +1,34 @@
+"""GPUs that a stage holds, by its settings: what makes its GPU hours, in its marker and in MLflow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from jobs.config import Experiment
+
+_ON_GPU_ACTORS = ("make_cams", "make_train_cams", "extract_features", "predict", "predict_train", "predict_supervised")
+
+
+def held_gpus(experiment: Experiment, stage: str) -> float:
+    """GPUs that the stage asks Ray for; in this process (no workers, no actors) 1 where torch sees one, else 0.
+
+    0 for stages that work on CPUs. Actors past the number of shards are counted, though they are not started.
+    """
+    trainings = {
+        "train_classifier": experiment.classifier.compute,
+        "train_affinity": None if experiment.affinity is None else experiment.affinity.compute,
+        "train_segmenter": experiment.segmenter.compute,
+        "train_supervised": experiment.segmenter.compute,
+    }
+    compute, stream = trainings.get(stage), experiment.stream
+    here = float(torch.cuda.is_available())
+    if compute is not None:
+        return compute.num_workers * compute.gpus_per_worker if compute.num_workers else here
+    if stage == "cluster_features":  # without actors it computes on the CPU
+        return stream.num_actors * stream.gpus_per_actor
+    if stage in _ON_GPU_ACTORS or (stage == "make_pseudo_masks" and experiment.affinity is not None):
+        return stream.num_actors * stream.gpus_per_actor if stream.num_actors else here
+    return 0.0
