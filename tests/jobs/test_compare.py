@@ -63,7 +63,7 @@ def pair(tmp_path: Path) -> tuple[Storage, Storage]:
     _score_cams(few, 0, 0.5)
     _score_masks(few, "pseudo_masks", 0.55)
     _score_masks(few, "evaluation", 0.6)
-    round_1 = {"1": {"classifier": {"subcategory_weight": 5.0}}}
+    round_1 = {"1": {"classifier": {"subcategory_weight": 2.0}}}
     stream = {"num_actors": 0, "gpus_per_actor": 0.5}
     many = _run(tmp_path / "many", kmeans={"num_clusters": 7, "num_restarts": 2}, round=round_1, stream=stream)
     _score_cams(many, 0, 0.48)
@@ -76,7 +76,7 @@ def test_only_settings_that_differ_are_told(pair: tuple[Storage, Storage]) -> No
     assert _cells(compared.settings) == {
         "rng_seed": ["3", "0"],
         "kmeans.num_clusters": ["2", "7"],
-        "round.1.classifier.subcategory_weight": ["1.0", "5.0"],  # a round without overrides has that of all rounds
+        "round.1.classifier.subcategory_weight": ["5.0", "2.0"],  # a round without overrides has that of all rounds
     }
     assert _cells(compared.other_settings) == {"stream.gpus_per_actor": ["0.0", "0.5"]}
     assert [run.name for run in compared.runs] == ["few", "many"]
@@ -195,6 +195,7 @@ def test_the_tables_can_be_read_at_100_columns(pair: tuple[Storage, Storage], tm
 
 def _fabricated(folder: Path, **changes: Any) -> Storage:
     """A finished run with masks and maps, of pictures with the same ids everywhere."""
+    folder.mkdir()
     storage = fabricate(folder)
     experiment = parse_experiment(tiny_values(Path("labels.csv"), storage.root, rounds=2, **changes))
     storage.write_json("config.json", experiment.model_dump(mode="json"))
