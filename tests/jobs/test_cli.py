@@ -28,6 +28,7 @@ def test_the_commands_are_frozen() -> None:
     """A new command needs a decision, not a patch."""
     group = typer.main.get_command(cli.app)
     commands = [
+        "compare",
         "demo",
         "evaluate",
         "predict",
