@@ -62,6 +62,11 @@ class Manifest:
         """Images of a split, or of all."""
         return sum(shard.num_rows for shard in self.shards if split is None or shard.split == split)
 
+    def num_rows_in(self, names: Iterable[str]) -> int:
+        """Images in some shards."""
+        chosen = set(names)
+        return sum(shard.num_rows for shard in self.shards if shard.name in chosen)
+
     def num_masks(self, split: str | None = None) -> int:
         """Images with ground truth of a split, or of all."""
         return sum(shard.num_masks for shard in self.shards if split is None or shard.split == split)

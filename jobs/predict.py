@@ -162,7 +162,7 @@ def run(
     shards = sorted({name for split in settings.splits for name in manifest.shard_names(split)})
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
-        total = sum(shard.num_rows for shard in manifest.shards if shard.name in shards)
+        total = manifest.num_rows_in(shards)
         with context.progress.stage(stage.replace("_", " "), total=total, unit="images") as bar:
             summaries = map_shards(
                 PredictWorker,

@@ -6,6 +6,7 @@ the answers to its lists are not public.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gzip
 import io
@@ -100,7 +101,7 @@ def read_ids(location: str) -> list[str]:
     Raises ValueError where it is empty or has an id twice, StorageError where it cannot be read.
     """
     ids = [image_id for _, image_id in parse_list(Storage(location).read_bytes(""))]
-    twice = sorted({image_id for image_id in ids if ids.count(image_id) > 1})
+    twice = sorted(image_id for image_id, count in collections.Counter(ids).items() if count > 1)
     if not ids or twice:
         found = f"holds {_shown(twice)} twice" if twice else "holds no id"
         raise ValueError(f"{location}: {found}; give a list with one image id a line, such as VOC's test.txt")
