@@ -17,7 +17,6 @@ from subcat_core.classes import ClassTable
 FOLDER = "manifest"
 CLASSES = "classes.json"
 SHARDS = "shards.json"
-QUARANTINE = "quarantine.parquet"
 MARKER = "marker.json"
 _READ_THREADS = 8
 _READ_AHEAD = 16

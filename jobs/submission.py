@@ -24,6 +24,7 @@ from cluster.streams import StreamSettings
 from jobs.config import ConfigError, load_experiment
 from jobs.importers.voc import VOC_CLASSES, parse_list
 from jobs.predict import PredictSettings, predict_images
+from jobs.quarantine import told
 from subcat_core.classes import BACKGROUND, ClassTable, to_class_ids
 from subcat_core.images import ImageError, decode_mask, encode_mask, read_size
 
@@ -83,8 +84,8 @@ def _predict(
         if stream.num_actors > 0:
             check_shared_storage(output, cluster.shared_folder)
         stats = predict_images(Progress(), segmenter=model, rows=rows, output=output, settings=settings, stream=stream)
-    for bad in stats["bad"]:
-        typer.echo(f"  {bad['uri']}: {bad['reason']}")
+    for line in told(output, stats):
+        typer.echo(line)
 
 
 def _settings_of_run(model: Storage) -> PredictSettings:
