@@ -156,9 +156,7 @@ def validate_command(
     decode: Annotated[bool, typer.Option(help="Decode every image and mask on the cluster.")] = False,
     scratch: Annotated[
         str | None,
-        typer.Option(
-            help="Empty folder or s3:// prefix for passing files, on any cluster; spreads the work without --decode too."
-        ),
+        typer.Option(help="Empty folder or s3:// prefix for passing files; several nodes need it. Spreads the work."),
     ] = None,
     set_: Overrides = None,
     verbose: Verbose = False,
