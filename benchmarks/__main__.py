@@ -15,6 +15,7 @@ BENCHMARKS = {
     "crf": ("crf",),
     "kmeans": ("kmeans",),
     "image_steps": ("image_steps",),
+    "training_input": ("training_input",),
     "manifest": ("manifest",),
     "growth": ("growth",),
     "growth_ray": ("growth", "--ray"),
