@@ -15,6 +15,7 @@ import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -95,7 +96,7 @@ def shown(
     pass_wall_s: Mapping[str, float],
 ) -> str:
     """The tables."""
-    rows = []
+    rows: list[list[Any]] = []
     for name in whole.samples:
         ours = "stage: ours" if name.startswith("stage") else "ours"
         seconds = (whole.median(name), whole.median(name, "wall_s"), whole.ratio(name, ours))

@@ -183,7 +183,7 @@ def _bad_images(storage: Storage, stages: list[StageRecord], limit: int) -> tupl
         bad = read_bad(storage.child(record.folder), record.stats)
         ids.setdefault(record.stage, []).extend(bad["image_id"].chunks)
         for row in bad.slice(0, limit).to_pylist():
-            row = BadImage(record.stage, row["image_id"], row["uri"], row["reason"])
-            first.setdefault((record.stage, row.image_id), row)
+            image = BadImage(record.stage, row["image_id"], row["uri"], row["reason"])
+            first.setdefault((record.stage, image.image_id), image)
     num_bad = sum(pc.count_distinct(pa.chunked_array(chunks, pa.string())).as_py() for chunks in ids.values())
     return list(first.values())[:limit], num_bad
