@@ -10,7 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("crf", "kmeans", "image_steps", "manifest", "growth", "stage_overhead", "time_model", "ray_train")
+# Name -> module and options.
+BENCHMARKS = {
+    "crf": ("crf",),
+    "kmeans": ("kmeans",),
+    "image_steps": ("image_steps",),
+    "training_input": ("training_input",),
+    "manifest": ("manifest",),
+    "growth": ("growth",),
+    "growth_ray": ("growth", "--ray"),
+    "stage_overhead": ("stage_overhead",),
+    "time_model": ("time_model",),
+    "ray_train": ("ray_train",),
+}
 # Peers that `pip install .[dev]` does not bring: benchmark -> (module, package, how to get it).
 EXTRA_PEERS = {"crf": ("pydensecrf", "pydensecrf2", "make peers (a C++ compiler, Python 3.11 or 3.12)")}
 
@@ -43,7 +55,8 @@ def main() -> None:
             print(reason, flush=True)
             continue
         numbers = (arguments.output / f"{name}.json").resolve()
-        command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(numbers)]
+        module, *fixed = BENCHMARKS[name]
+        command = [sys.executable, "-m", f"benchmarks.{module}", *fixed, "--json", str(numbers)]
         command += ["--quick"] if arguments.quick else []
         done = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
         print(done.stdout, end="", flush=True)

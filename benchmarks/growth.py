@@ -4,13 +4,15 @@ A whole small run (48 x 48 px pictures of discs, a MobileNet without weights, on
 each in a fresh process; the seconds of a stage are CPU seconds of that process, in which all of its work is done. With
 --ray the stages that go shard by shard run on one Ray actor: then the memory of the driver and of the worker is what
 to read, and seconds are wall time. Kept where the time of each stage grows at most as N ** 1.1 (the fixed part of it,
-such as building the network, is in it and makes it less) and the driver's memory by at most a tenth from N to 8N.
+such as building the network, is in it and makes it less) and the memory of the driver and, with --ray, of the worker of
+each stage by at most a tenth from N to 8N.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,23 @@ def _run(context: StageContext, clock: Any) -> dict[str, Any]:
     }
 
 
+def memory_mb(runs: Sequence[Mapping[str, Any]], on_ray: bool) -> dict[str, list[float]]:
+    """Peak by process, one number a run; in process there is only the driver. runs: as `run` returns."""
+    found = {"the driver": [each["driver_bytes"] / 1e6 for each in runs]}
+    if on_ray:
+        found |= {f"the worker, {stage}": [each["worker_bytes"][stage] / 1e6 for each in runs] for stage in STREAMING}
+    return found
+
+
+def growing(memory: Mapping[str, Sequence[float]]) -> list[str]:
+    """Whose memory is not flat. memory: as memory_mb returns."""
+    return [
+        f"the memory of {what} grows from {mb[0]:.0f} to {mb[-1]:.0f} MB"
+        for what, mb in memory.items()
+        if mb[-1] > MAX_MEMORY_RATIO * mb[0]
+    ]
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--images", type=int, help="N, the smallest number of images")
@@ -134,17 +153,13 @@ def main() -> None:
         rows.append([stage, *seconds, power, start_s, 1e3 * s_per_image])
         if power > MAX_EXPONENT and not arguments.quick:
             failures.append(f"{stage}: time grows as N ** {power:.2f}")
-    driver = [each["driver_bytes"] / 1e6 for each in runs]
-    if driver[-1] > MAX_MEMORY_RATIO * driver[0]:
-        failures.append(f"the driver's memory grows from {driver[0]:.0f} to {driver[-1]:.0f} MB")
+    memory = memory_mb(runs, arguments.ray)
+    failures += growing(memory)
     clock = "wall s" if arguments.ray else "CPU s"
     shown = table(["stage", *(f"{clock}, N = {n}" for n in sizes), "exponent", "fixed s", "ms an image"], rows)
-    memory = [["driver", *driver]]
-    memory += [[f"worker, {stage}", *(each["worker_bytes"][stage] / 1e6 for each in runs)] for stage in STREAMING]
-    shown += "\n\n" + table(["peak MB", *(f"N = {n}" for n in sizes)], memory if arguments.ray else memory[:1])
-    finish(
-        "growth", {"sizes": sizes, "ray": arguments.ray, "fits": fits, "runs": runs}, shown, failures, arguments.json
-    )
+    shown += "\n\n" + table(["peak MB", *(f"N = {n}" for n in sizes)], [[what, *mb] for what, mb in memory.items()])
+    numbers = {"sizes": sizes, "ray": arguments.ray, "fits": fits, "runs": runs}
+    finish("growth_ray" if arguments.ray else "growth", numbers, shown, failures, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,286 +1,159 @@
-"""k-means per class against its peers, in CPU time: `python -m benchmarks.kmeans [--dimension D] [--json FILE]`.
+"""k-means per class against its peers: `python -m benchmarks.kmeans [--dimension D] [--quick] [--json FILE]`.
 
 The shape is that of VOC 2012 train_aug: 10,582 images and 16,458 pairs of image and class; the tags are VOC's own where
 --labels names a table of them (image_id and a column of 0/1 a class), and otherwise drawn to its number of images a
-class. Features are synthetic with a power-law spectrum, as CNN features have: ratios on real ones may differ. All sides
-run in one thread of this process and take turns; a row is the median over the turns. Ours counts from features in
-memory, the building of its blocks included; the peers fit class by class on row copies, as the authors' code does.
+class. Features are synthetic with a power-law spectrum, as CNN features have: ratios on real ones may differ. Ours
+counts from features in memory, the building of its blocks included; the peers fit class by class on row copies, as the
+authors' code does. The peak memory of a side is that of a process of its own, which holds the features too. Kept where
+ours is at least as many times faster as MIN_RATIOS and MIN_PASS_RATIOS say, its inertia is not above that of
+scikit-learn with 10 starts, and centres of clusters of 20 million rows are right to 1e-5; not judged with --quick.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import statistics
-import time
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
-from sklearn.cluster import KMeans
-from threadpoolctl import threadpool_limits
 
-from subcat_core.block_shard import BlockShard
-from subcat_core.feature_blocks import FeatureBlock, ImageRows
-from subcat_core.kmeans import kmeans
-from subcat_core.kmeans_settings import KMeansSettings
-
-NUM_IMAGES = 10_582
-# fmt: off
-IMAGES_PER_CLASS = (
-    590, 504, 705, 468, 714, 393, 1150, 1005, 1228, 267, 613, 1188, 445, 492, 4155, 522, 300, 649, 503, 567,
+from benchmarks.harness import Comparison, finish, in_child, interleave, one_thread, parser, table
+from benchmarks.kmeans_sides import (
+    BEST_PEER,
+    NUM_CLUSTERS,
+    NUM_IMAGES,
+    PASS_STEPS,
+    Sides,
+    draw_labels,
+    many_rows,
+    pass_sides,
+    power_law_features,
+    read_labels,
 )
-# fmt: on
-NUM_CLASSES, NUM_CLUSTERS = len(IMAGES_PER_CLASS), 10
-ROWS_PER_BLOCK = 64
+
 QUICK_DIMENSION = 256
-PASS_STEPS = 10
-MAX_INERTIA_RATIO = 1.001
-BEST_PEER = "scikit-learn, 10 starts"
-
-Clusters = list[np.ndarray]
-
-
-def power_law_features(num_rows: int, dimension: int, rng: np.random.Generator) -> np.ndarray:
-    """(n, D) float32: Gaussian with standard deviation 1/sqrt(i) along a random orthogonal basis."""
-    basis, _ = np.linalg.qr(rng.standard_normal((dimension, dimension)).astype(np.float32))
-    scales = (np.arange(1, dimension + 1) ** -0.5).astype(np.float32)
-    return (rng.standard_normal((num_rows, dimension)).astype(np.float32) * scales) @ basis
+MIN_RATIOS = (
+    ("stage: the authors'", "stage: ours", 15.0),
+    ("scikit-learn, 1 start", "ours", 2.5),
+    ("faiss, 10 starts", "ours", 6.0),
+)
+MIN_PASS_RATIOS = {"faiss": 1.5, "scikit-learn": 1.2}
+TRUE_CENTRES, MAX_CENTRE_ERROR = (0.5, 10.5), 1e-5
 
 
-def draw_labels(rng: np.random.Generator) -> list[list[int]]:
-    """A list of class_index an image, with VOC's number of images in every class."""
-    labels: list[list[int]] = [[] for _ in range(NUM_IMAGES)]
-    for class_index, count in enumerate(IMAGES_PER_CLASS):
-        for row in rng.choice(NUM_IMAGES, count, replace=False):
-            labels[row].append(class_index)
-    return labels
+def run_side(name: str, features: Path, labels: Sequence[Sequence[int]]) -> float:
+    """One side from a file of features, in a process of its own."""
+    faiss.omp_set_num_threads(1)
+    return Sides(np.load(features), labels).named(quick=False)[name]()
 
 
-def read_labels(table: Path, image_ids: Path) -> list[list[int]]:
-    """The tags of the images listed in `image_ids`, one a line."""
-    wanted = image_ids.read_text().split()
-    with table.open(newline="") as file:
-        rows = {row[0]: [i for i, value in enumerate(row[1:]) if value == "1"] for row in csv.reader(file)}
-    return [rows[image_id] for image_id in wanted]
+def peaks(names: Sequence[str], features: np.ndarray, labels: Sequence[Sequence[int]]) -> dict[str, float]:
+    """MB by side, the features included."""
+    with tempfile.TemporaryDirectory(prefix="subcat-kmeans-") as folder:
+        path = Path(folder) / "features.npy"
+        np.save(path, features)
+        return {name: in_child(run_side, name, path, labels)[2] / 1e6 for name in names}
 
 
-def our_blocks(features: np.ndarray, labels: Sequence[Sequence[int]]) -> BlockShard:
-    blocks = {}
-    for block_id, start in enumerate(range(0, len(features), ROWS_PER_BLOCK)):
-        stop = min(start + ROWS_PER_BLOCK, len(features))
-        rows = ImageRows(
-            [f"{row:06d}" for row in range(start, stop)],
-            np.array([len(labels[row]) for row in range(start, stop)], np.int64),
-            np.array([label for row in range(start, stop) for label in labels[row]], np.int64),
-            features[start:stop],
-        )
-        blocks[block_id] = FeatureBlock(f"part-{block_id:05d}", rows, NUM_CLASSES)
-    return BlockShard(blocks, NUM_CLASSES)
+def pass_times(passes: Comparison, steps_made: Mapping[str, float], unit: str) -> dict[str, float]:
+    """Seconds of one pass by side: from the second on, as many more passes take; and our first one, of all rows."""
+    seconds = {}
+    for name in ("ours", *MIN_PASS_RATIOS):
+        few, many = f"{name}, 1", f"{name}, {1 + PASS_STEPS}"
+        more = passes.median(many, unit) - passes.median(few, unit)
+        seconds[name] = more / (steps_made[many] - steps_made[few])
+    return {**seconds, "ours, the first pass": passes.median("ours, 1", unit)}
 
 
-class Sides:
-    """What is measured: each returns the total inertia of all classes."""
-
-    def __init__(self, features: np.ndarray, labels: Sequence[Sequence[int]]) -> None:
-        self.features, self.labels = features, labels
-        self.members = [np.array([row for row, own in enumerate(labels) if c in own]) for c in range(NUM_CLASSES)]
-
-    def ours(self) -> float:
-        shard = our_blocks(self.features, self.labels)
-        return float(kmeans(shard, KMeansSettings(num_clusters=NUM_CLUSTERS)).inertia.sum())
-
-    def our_stage(self) -> float:
-        """Clusters and the tables of sub-categories."""
-        shard = our_blocks(self.features, self.labels)
-        result = kmeans(shard, KMeansSettings(num_clusters=NUM_CLUSTERS))
-        tables = []
-        shard.write_labels(lambda _name, table: tables.append(table))
-        assert sum(len(table) for table in tables) == len(self.features)
-        return float(result.inertia.sum())
-
-    def scikit_learn(self, num_starts: int) -> float:
-        fits = (self._fit(rows, num_starts) for rows in self.members)
-        return float(sum(fit.inertia_ for fit in fits))
-
-    def _fit(self, rows: np.ndarray, num_starts: int) -> KMeans:
-        return KMeans(NUM_CLUSTERS, n_init=num_starts, random_state=0).fit(self.features[rows])
-
-    def authors_stage(self) -> float:
-        """Ten starts a class, then their merging of the classes' labels (method only; the sources are not copied)."""
-        fits = [self._fit(rows, 10) for rows in self.members]
-        merge_labels(self.members, [fit.labels_ for fit in fits])
-        return float(sum(fit.inertia_ for fit in fits))
-
-    def faiss_restarts(self) -> float:
-        """k-means++, ten starts, 25 steps each, all rows (faiss would take 256 a cluster)."""
-        total = 0.0
-        for members in self.members:
-            rows = self.features[members]
-            run = faiss.Kmeans(
-                rows.shape[1],
-                NUM_CLUSTERS,
-                niter=25,
-                nredo=10,
-                seed=1,
-                max_points_per_centroid=len(rows),
-                init_method=getattr(faiss, "ClusteringInitMethod_KMEANS_PLUS_PLUS", 0),
-            )
-            run.train(rows)
-            total += float(run.index.search(rows, 1)[0].sum(dtype=np.float64))
-        return total
+def not_kept(
+    whole: Comparison,
+    inertia: Mapping[str, float],
+    pass_seconds: Mapping[str, float],
+    centres: Mapping[str, Sequence[float]],
+) -> list[str]:
+    """What of the limits is not kept; centres: as many_rows, or nothing."""
+    ratios = [(f"{peer} / {side}", whole.ratio(peer, side), least) for peer, side, least in MIN_RATIOS]
+    ratios += [
+        (f"a pass of {peer} / ours", pass_seconds[peer] / pass_seconds["ours"], least)
+        for peer, least in MIN_PASS_RATIOS.items()
+    ]
+    failures = [f"{what}: {ratio:.2f} times, at least {least:g}" for what, ratio, least in ratios if ratio < least]
+    if inertia["ours"] > inertia[BEST_PEER]:
+        failures.append(f"inertia {inertia['ours']:.6g}, above {inertia[BEST_PEER]:.6g} of {BEST_PEER}")
+    if centres and not np.allclose(centres["ours"], TRUE_CENTRES, rtol=0, atol=MAX_CENTRE_ERROR):
+        failures.append(f"centres {centres['ours']}, not {TRUE_CENTRES}")
+    return failures
 
 
-def merge_labels(members: Clusters, clusters: Clusters) -> tuple[list[str], np.ndarray]:
-    """The published way from clusters to targets: one list of all pairs by class, then every name against every other.
-
-    Returns (names of the images in the order they first appear, (n, C * K) float32 targets). O(M**2) in the M pairs.
-    """
-    names = [f"{row:06d}" for rows in members for row in rows]
-    targets = np.zeros((len(names), NUM_CLASSES * NUM_CLUSTERS), np.float32)
-    places = np.cumsum([0, *(len(rows) for rows in members)])
-    for class_index, own in enumerate(clusters):
-        pairs = np.arange(places[class_index], places[class_index + 1])
-        targets[pairs, class_index * NUM_CLUSTERS + own] = 1
-    repeats = [[j for j in range(i + 1, len(names)) if names[i] == names[j]] for i in range(len(names))]
-    merged = set()
-    for i, others in enumerate(repeats):
-        for j in others:
-            if i not in merged:
-                targets[i] += targets[j]
-            merged.add(j)
-    kept = [i for i in range(len(names)) if i not in merged]
-    return [names[i] for i in kept], targets[kept]
+def shown(
+    whole: Comparison,
+    inertia: Mapping[str, float],
+    peak_mb: Mapping[str, float],
+    pass_cpu_s: Mapping[str, float],
+    pass_wall_s: Mapping[str, float],
+) -> str:
+    """The tables."""
+    rows: list[list[Any]] = []
+    for name in whole.samples:
+        ours = "stage: ours" if name.startswith("stage") else "ours"
+        seconds = (whole.median(name), whole.median(name, "wall_s"), whole.ratio(name, ours))
+        rows.append([name, *seconds, f"{inertia[name] / inertia['ours']:.4f}", peak_mb[name]])
+    text = table(["side", "CPU s", "wall s", "time / ours", "inertia / ours", "peak MB"], rows)
+    rows = [[name, 1e3 * s, 1e3 * pass_wall_s[name], s / pass_cpu_s["ours"]] for name, s in pass_cpu_s.items()]
+    return f"{text}\n\n{table(['one pass over all rows', 'CPU ms', 'wall ms', 'time / ours'], rows)}"
 
 
-def take_turns(sides: dict[str, Callable[[], float]], turns: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """(CPU seconds by side, what each returned last)."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    found: dict[str, float] = {}
-    for _ in range(turns):
-        for name, side in sides.items():
-            started = time.process_time()
-            found[name] = side()
-            seconds[name].append(time.process_time() - started)
-    return seconds, found
-
-
-def pass_sides(features: np.ndarray, num_clusters: int) -> dict[str, Callable[[], float]]:
-    """All rows as one class, one step and more from the same start; each returns the steps it made, to convergence.
-
-    Each side goes once before it counts: memory that the side before gave back takes longer at its first touch, as
-    long as ten passes of scikit-learn.
-    """
-    starts = features[:num_clusters].copy()
-    shard = our_blocks(features, [[0]] * len(features))
-
-    def ours(steps: int) -> int:
-        centroids = np.full((1, num_clusters, features.shape[1]), np.nan, np.float32)
-        centroids[0] = starts
-        for step in range(steps):
-            found = shard.assign(centroids, np.array([0]))
-            if step and not found.num_changed[0]:
-                return step + 1
-            centroids[0] = found.sums[0] / np.maximum(found.counts[0], 1)[:, None]
-        return steps
-
-    def scikit_learn(steps: int) -> int:
-        fit = KMeans(num_clusters, init=starts, n_init=1, max_iter=steps, tol=0, algorithm="lloyd")
-        return int(fit.fit(features).n_iter_)
-
-    def by_faiss(steps: int) -> int:
-        run = faiss.Kmeans(features.shape[1], num_clusters, niter=steps, max_points_per_centroid=len(features))
-        run.train(features, init_centroids=starts)
-        return len(run.obj)
-
-    made: dict[str, Callable[[], float]] = {}
-    for name, side in (("ours", ours), ("faiss", by_faiss), ("scikit-learn", scikit_learn)):
-        for label, steps in (("warm-up", 1), ("1", 1), (str(1 + PASS_STEPS), 1 + PASS_STEPS)):
-            made[f"{name}, {label}"] = lambda side=side, steps=steps: side(steps)  # type: ignore[misc]
-    return made
-
-
-def many_rows(num_rows: int) -> dict[str, list[float]]:
-    """Centres of two clusters whose true ones are 0.5 and 10.5, each of num_rows / 2 rows: more than float32 counts."""
-    rows = np.tile(np.float32([0, 1, 10, 11]), num_rows // 4)[:, None]
-    block = FeatureBlock.__new__(FeatureBlock)  # an image_id a row would take more memory than the rows
-    block.name, block.features, block.norms = "part-00000", rows, rows[:, 0]
-    block.pair_rows, block.class_offsets = np.arange(num_rows), np.array([0, num_rows])
-    block.clusters, block.distances = np.full(num_rows, -1, np.int32), np.zeros(num_rows, np.float32)
-    found = BlockShard({0: block}, 1).assign(np.float32([[[1], [10]]]), np.array([0]))
-    run = faiss.Kmeans(1, 2, niter=1, max_points_per_centroid=num_rows)
-    run.train(rows, init_centroids=np.float32([[1], [10]]))
-    return {
-        "ours": (found.sums[0, :, 0] / found.counts[0]).tolist(),
-        "faiss": sorted(run.centroids[:, 0].tolist()),
-    }
+def options() -> argparse.Namespace:
+    found = parser(__doc__)
+    found.add_argument("--dimension", type=int, default=4096)
+    found.add_argument("--turns", type=int, default=3)
+    found.add_argument("--labels", type=Path, nargs=2, metavar=("LABELS.CSV", "LIST.TXT"))
+    found.add_argument("--features", type=Path, help="features (10582, D) float32 as .npy, instead of synthetic ones")
+    found.add_argument("--rows", type=int, default=40_000_000, help="rows of the two large clusters; 0 leaves them out")
+    arguments = found.parse_args()
+    if arguments.quick:  # few dimensions, one start of scikit-learn, and the passes
+        arguments.dimension, arguments.rows = min(arguments.dimension, QUICK_DIMENSION), 0
+    return arguments
 
 
 def main() -> None:
-    """Print the tables; exit 1 where our inertia is above scikit-learn's with 10 starts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dimension", type=int, default=4096)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--labels", type=Path, nargs=2, metavar=("LABELS.CSV", "LIST.TXT"))
-    parser.add_argument("--features", type=Path, help="features (10582, D) float32 as .npy, instead of synthetic ones")
-    parser.add_argument("--quick", action="store_true", help="few dimensions, only ours, one start and a pass")
-    parser.add_argument("--rows", type=int, default=40_000_000, help="rows of the last table; 0 leaves it out")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.dimension, arguments.rows = min(arguments.dimension, QUICK_DIMENSION), 0
+    arguments = options()
     rng = np.random.default_rng(0)
     labels = read_labels(*arguments.labels) if arguments.labels else draw_labels(rng)
-    with threadpool_limits(1):
-        faiss.omp_set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    with one_thread():
         features = (
             np.load(arguments.features)
             if arguments.features
             else power_law_features(NUM_IMAGES, arguments.dimension, rng)
         )
         Sides(features[:320], labels[:320]).our_stage()  # compiles
-        sides = Sides(features, labels)
-        whole: dict[str, Callable[[], float]] = {
-            "ours": sides.ours,
-            "scikit-learn, 1 start": lambda: sides.scikit_learn(1),
-        }
-        if not arguments.quick:
-            whole |= {
-                BEST_PEER: lambda: sides.scikit_learn(10),
-                "faiss, 10 starts": sides.faiss_restarts,
-                "stage: ours": sides.our_stage,
-                "stage: the authors'": sides.authors_stage,
-            }
-        seconds, inertia = take_turns(whole, arguments.turns)
-        pass_seconds, steps_made = take_turns(pass_sides(features, NUM_CLUSTERS), max(5, arguments.turns))
-        centres = many_rows(arguments.rows) if arguments.rows else {}
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print(f"{'side':26} {'CPU s':>8} {'times ours':>11} {'inertia / ours':>15}")
-    for name in whole:
-        ratio, quality = medians[name] / medians["ours"], inertia[name] / inertia["ours"]
-        print(f"{name:26} {medians[name]:8.2f} {ratio:11.2f} {quality:15.4f}")
-    print(f"\n{'one pass, all rows':26} {'CPU ms':>8} {'times ours':>11} {'passes':>8}")
-    steps = {}
-    for name in ("ours", "faiss", "scikit-learn"):
-        few, many = (statistics.median(pass_seconds[f"{name}, {n}"]) for n in (1, 1 + PASS_STEPS))
-        num_more = steps_made[f"{name}, {1 + PASS_STEPS}"] - steps_made[f"{name}, 1"]
-        steps[name] = (many - few) / num_more
-        print(f"{name:26} {steps[name] * 1e3:8.2f} {steps[name] / steps['ours']:11.2f} {num_more:8.0f}")
+    inertia: dict[str, float] = {}
+    sides = Sides(features, labels).named(arguments.quick)
+    whole = interleave(sides, arguments.turns, warm_up=0, check=inertia.update)
+    steps_made: dict[str, float] = {}
+    turns = max(5, arguments.turns)
+    passes = interleave(pass_sides(features, NUM_CLUSTERS), turns, warm_up=0, check=steps_made.update)
+    pass_cpu_s, pass_wall_s = (pass_times(passes, steps_made, unit) for unit in ("cpu_s", "wall_s"))
+    peak_mb = peaks(list(sides), features, labels)
+    centres = many_rows(arguments.rows) if arguments.rows else {}
+    text = shown(whole, inertia, peak_mb, pass_cpu_s, pass_wall_s)
     for name, found in centres.items():
-        print(f"centres 0.5 and 10.5 of {arguments.rows:,} rows, {name}: {found}")
-    if arguments.json:
-        values = {
-            "cpu_seconds": seconds,
-            "inertia": inertia,
-            "pass_cpu_seconds": pass_seconds,
-            "passes": steps_made,
-            "centres": centres,
-        }
-        arguments.json.write_text(json.dumps(values, indent=2))
-    if BEST_PEER in inertia and inertia["ours"] > inertia[BEST_PEER] * MAX_INERTIA_RATIO:
-        raise SystemExit("our inertia is above scikit-learn's with 10 starts")
+        text += f"\ncentres {TRUE_CENTRES} of {arguments.rows:,} rows, {name}: {found}"
+    numbers = {
+        "whole": whole.to_json(),
+        "inertia": inertia,
+        "peak_mb": peak_mb,
+        "passes": passes.to_json(),
+        "pass_cpu_s": pass_cpu_s,
+        "pass_wall_s": pass_wall_s,
+        "centres": centres,
+    }
+    failures = [] if arguments.quick else not_kept(whole, inertia, pass_cpu_s, centres)
+    finish("kmeans", numbers, text, failures, arguments.json)
 
 
 if __name__ == "__main__":

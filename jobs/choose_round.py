@@ -221,7 +221,7 @@ def _try_candidates(
     def fold(summary: ShardSummary) -> None:
         scores.update(summary.stats["scores"])
 
-    total = sum(shard.num_rows for shard in manifest.shards if shard.name in sample)
+    total = manifest.num_rows_in(sample)
     with context.progress.stage("choose background", total=total, unit="images") as bar:
         summaries = map_shards(
             ChoiceWorker,

@@ -28,6 +28,7 @@ from jobs.execution import execute, with_ray
 from jobs.importers import list_images
 from jobs.manifest import open_manifest
 from jobs.prepare import PrepareSettings
+from jobs.quarantine import told
 from jobs.validate import format_problems, validate
 
 app = typer.Typer(
@@ -150,7 +151,7 @@ def validate_command(
     decode: Annotated[bool, typer.Option(help="Decode every image and mask on the cluster.")] = False,
     scratch: Annotated[
         str | None,
-        typer.Option(help="Empty folder or s3:// prefix for passing files; a cluster of several nodes needs it."),
+        typer.Option(help="Empty folder or s3:// prefix for passing files; several nodes need it. Spreads the work."),
     ] = None,
     set_: Overrides = None,
     verbose: Verbose = False,
@@ -166,7 +167,7 @@ def validate_command(
         settings = source
     problems = with_ray(
         cluster,
-        decode and stream.num_actors > 0,
+        (decode or passing is not None) and stream.num_actors > 0,
         lambda: validate(
             settings,
             decode=decode,
@@ -226,8 +227,8 @@ def predict_command(
     typer.echo(
         f"{stats['num_images']} masks in {Storage(output).uri('png')}, {stats['num_bad']} images could not be read"
     )
-    for bad in stats["bad"]:
-        typer.echo(f"  {bad['uri']}: {bad['reason']}")
+    for line in told(folder, stats):
+        typer.echo(line)
 
 
 app.command(name="submission")(submission.submit)

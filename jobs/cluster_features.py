@@ -8,7 +8,6 @@ Runs on: faiss Ray actors that Ray Data feeds from the shards; in process with s
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -87,7 +86,7 @@ def run(context: StageContext, manifest: Manifest, round_index: int, features: A
             "peak_rss_bytes": result.peak_rss_bytes,
             "num_bad": len(result.bad_rows),
             "bad": [
-                dataclasses.asdict(BadRow(image_id, features.folder.uri(f"{name}.parquet"), "feature is not finite"))
+                BadRow(image_id, features.folder.uri(f"{name}.parquet"), "feature is not finite")
                 for name, image_id in result.bad_rows
             ],
         }

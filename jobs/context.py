@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cluster.artifacts import STARTED, Artifact
+from cluster.image_reading import BadRow
 from cluster.memory import MemorySampler
 from cluster.progress import Progress
 from cluster.runtime import peak_rss_bytes
@@ -16,6 +17,7 @@ from cluster.streams import ShardSummary
 from cluster.tracking import ChildRun, Tracker
 from cluster.training import TrainResult
 from jobs.gpu_time import held_gpus
+from jobs.quarantine import keep_bad
 
 if TYPE_CHECKING:
     from jobs.config import Experiment
@@ -54,7 +56,8 @@ def complete(
     """Skip a finished stage, or do its `work` and write its marker last.
 
     name: folder below the run's root. inputs: settings and fingerprints that decide the output. work: gets the begun
-    artifact and its MLflow run, writes into `artifact.folder` and returns JSON-able stats for the marker.
+    artifact and its MLflow run, writes into `artifact.folder` and returns JSON-able stats for the marker, and in them
+    `bad`, a list of BadRow (jobs/quarantine.py).
     Its seconds are those of this call; `resumed` says that an earlier call had done a part. driver_rss_bytes: the
     driver's peak since its start; run_bytes: the stage's peak of all processes of the run (cluster/memory.py);
     gpu_hours: of the GPUs that the stage held, where it held any.
@@ -73,7 +76,12 @@ def complete(
             stats = work(artifact, child)
         seconds = time.monotonic() - started
         measured = {"driver_rss_bytes": peak_rss_bytes(), "run_bytes": memory.peak_bytes}
-        stats = {"seconds": round(seconds, 2), "resumed": resumed, **measured, **stats}
+        stats = {
+            "seconds": round(seconds, 2),
+            "resumed": resumed,
+            **measured,
+            **keep_bad(artifact.folder, stage, stats),
+        }
         if stats.get("num_images") and not resumed:
             stats.setdefault("images_per_s", round(stats["num_images"] / max(seconds, 1e-9), 2))
         if gpus := held_gpus(context.experiment, stage):
@@ -90,7 +98,7 @@ def stream_stats(summaries: list[ShardSummary]) -> dict[str, Any]:
         "num_images": sum(summary.num_rows for summary in summaries),
         "num_bad": sum(len(summary.bad) for summary in summaries),
         "peak_rss_bytes": max((summary.peak_rss_bytes for summary in summaries), default=0),
-        "bad": [dataclasses.asdict(bad) for summary in summaries for bad in summary.bad],
+        "bad": [bad for summary in summaries for bad in summary.bad],
     }
 
 
@@ -102,7 +110,7 @@ def training_stats(artifact: Artifact, result: TrainResult) -> dict[str, Any]:
         "images_per_s": result.images_per_s,
         "peak_rss_bytes": result.peak_rss_bytes,
         "num_bad": result.num_bad,
-        "bad": result.bad_rows,
+        "bad": [BadRow(**bad) for bad in result.bad_rows],
     }
 
 

@@ -89,7 +89,7 @@ def run(
     shards = [shard.name for shard in manifest.shards if shard.split in splits and shard.num_masks]
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
-        total = sum(shard.num_rows for shard in manifest.shards if shard.name in shards)
+        total = manifest.num_rows_in(shards)
         confusions = SplitConfusions(manifest)
         with context.progress.stage(stage.replace("_", " "), total=total, unit="images") as bar:
             summaries = map_shards(

@@ -151,7 +151,7 @@ def _stream(
 ) -> dict[str, Any]:
     """Maps of some shards; returns the stream's stats. where: for the progress bar. images: of tiles to be scored."""
     experiment = context.experiment
-    total = sum(shard.num_rows for shard in manifest.shards if shard.name in set(shards))
+    total = manifest.num_rows_in(shards)
     with context.progress.stage(f"make CAMs, {where}", total=total, unit="images") as bar:
         summaries = map_shards(
             CamWorker,

@@ -17,7 +17,6 @@ from subcat_core.classes import ClassTable
 FOLDER = "manifest"
 CLASSES = "classes.json"
 SHARDS = "shards.json"
-QUARANTINE = "quarantine.parquet"
 MARKER = "marker.json"
 _READ_THREADS = 8
 _READ_AHEAD = 16
@@ -61,6 +60,11 @@ class Manifest:
     def num_rows(self, split: str | None = None) -> int:
         """Images of a split, or of all."""
         return sum(shard.num_rows for shard in self.shards if split is None or shard.split == split)
+
+    def num_rows_in(self, names: Iterable[str]) -> int:
+        """Images in some shards."""
+        chosen = set(names)
+        return sum(shard.num_rows for shard in self.shards if shard.name in chosen)
 
     def num_masks(self, split: str | None = None) -> int:
         """Images with ground truth of a split, or of all."""

@@ -23,6 +23,7 @@ from cluster.streams import BadRow, ShardOutput, StreamSettings, iter_images, ma
 from cluster.tracking import ChildRun
 from jobs.context import StageContext, complete, stream_stats
 from jobs.manifest import Manifest
+from jobs.quarantine import keep_bad
 from jobs.train_segmenter import load_segmenter
 from subcat_core import schemas
 from subcat_core.classes import BACKGROUND
@@ -162,7 +163,7 @@ def run(
     shards = sorted({name for split in settings.splits for name in manifest.shard_names(split)})
 
     def work(artifact: Artifact, child: ChildRun) -> dict[str, Any]:
-        total = sum(shard.num_rows for shard in manifest.shards if shard.name in shards)
+        total = manifest.num_rows_in(shards)
         with context.progress.stage(stage.replace("_", " "), total=total, unit="images") as bar:
             summaries = map_shards(
                 PredictWorker,
@@ -201,7 +202,7 @@ def predict_images(
     stream: StreamSettings,
     rows_per_shard: int = 256,
 ) -> dict[str, Any]:
-    """Masks for any images, with no manifest and no tags. rows: image_id and uri. Returns the stream's stats.
+    """Masks for any images, with no manifest and no tags. rows: image_id and uri. Returns the stats of the marker.
 
     The same images, model and settings go on where an earlier call stopped; ArtifactMismatch where the output folder
     holds masks of others.
@@ -232,6 +233,6 @@ def predict_images(
             bar=bar,
             stage="predict",
         )
-    stats = stream_stats(summaries)
+    stats = keep_bad(output, "predict", stream_stats(summaries))
     artifact.commit(stats)
     return stats

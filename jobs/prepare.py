@@ -27,7 +27,7 @@ from jobs.cut_tiles import TileSettings
 from jobs.importers import ImportSource, Source, open_source
 from jobs.importers.problems import ProblemLog, format_problems
 from jobs.importers.rows import ImportRow, RowCounts, check_counts, checked_rows
-from jobs.manifest import FOLDER, MARKER, QUARANTINE, ShardEntry, write_index, write_shards
+from jobs.manifest import FOLDER, MARKER, ShardEntry, write_index, write_shards
 from subcat_core import schemas
 from subcat_core.settings import Settings
 
@@ -116,7 +116,7 @@ def run(context: StageContext) -> Artifact:
                 stage="prepare",
                 fold=tally.add,
             )
-        stats = write_results(artifact.folder, tally, summaries)
+        stats = write_results(artifact.folder, tally)
         for line in stats["warnings"]:
             context.progress.note(f"warning: {line}")
         artifact.folder.delete_tree(RAW)
@@ -194,8 +194,8 @@ class Tally:
             self.counts.add_many(split, summary.num_rows, num_masks, summary.stats["class_counts"])
 
 
-def write_results(folder: Storage, tally: Tally, summaries: list[ShardSummary]) -> dict[str, Any]:
-    """Write quarantine and index; returns {"splits": images, masks and images of each class, "warnings": [...]}.
+def write_results(folder: Storage, tally: Tally) -> dict[str, Any]:
+    """Write the index; returns {"splits": images, masks and images of each class, "warnings": [...]}.
 
     Raises ValueError where quarantine has emptied a split.
     """
@@ -203,8 +203,6 @@ def write_results(folder: Storage, tally: Tally, summaries: list[ShardSummary]) 
     check_counts([shard.split for shard in tally.shards], tally.counts, log, source.file)
     if log.has_errors:
         raise ValueError(f"{source.file}: after quarantine: {format_problems(log.problems(), max_shown=_MAX_SHOWN)}")
-    bad = [{**dataclasses.asdict(row), "stage": "prepare"} for summary in summaries for row in summary.bad]
-    folder.write_table(QUARANTINE, pa.Table.from_pylist(bad, schemas.QUARANTINE))
     write_index(folder, source.classes, [tally.kept[shard.name] for shard in tally.shards if shard.name in tally.kept])
     splits = tally.counts.to_json()
     splits = {split: splits[split] for split in dict.fromkeys(shard.split for shard in tally.shards)}

@@ -6,9 +6,11 @@ import dataclasses
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.storage import Storage
 from jobs.manifest import Manifest
+from jobs.quarantine import read_bad
 from subcat_core.classes import ClassTable
 
 _ROUND_STAGES = (
@@ -41,10 +43,11 @@ _LAST_STAGES = (
 
 @dataclasses.dataclass(frozen=True)
 class StageRecord:
-    """One finished stage: what its marker holds. round_index: None outside rounds."""
+    """One finished stage: what its marker holds. round_index: None outside rounds. folder: below the run's output."""
 
     stage: str
     round_index: int | None
+    folder: str
     stats: dict[str, Any]
     finished_at: str
     code_version: str
@@ -168,24 +171,19 @@ def _stages(storage: Storage, num_rounds: int) -> list[StageRecord]:
         marker = read_optional(storage, f"{folder}/marker.json")
         if marker is not None:
             finished, version = str(marker.get("finished_at") or ""), str(marker.get("code_version") or "")
-            records.append(StageRecord(stage, round_index, dict(marker.get("stats") or {}), finished, version))
+            records.append(StageRecord(stage, round_index, folder, dict(marker.get("stats") or {}), finished, version))
     return records
 
 
 def _bad_images(storage: Storage, stages: list[StageRecord], limit: int) -> tuple[list[BadImage], int]:
     """The first bad images of the whole run, each once a stage, and how many there are."""
-    rows: dict[tuple[str, str], BadImage] = {}
-    for row in _quarantine(storage).to_pylist():
-        rows.setdefault((row["stage"], row["image_id"]), BadImage(**row))
+    first: dict[tuple[str, str], BadImage] = {}
+    ids: dict[str, list[pa.Array]] = {}
     for record in stages:
-        for bad in record.stats.get("bad") or []:
-            row = BadImage(record.stage, bad["image_id"], bad["uri"], bad["reason"])
-            rows.setdefault((record.stage, row.image_id), row)
-    return list(rows.values())[:limit], len(rows)
-
-
-def _quarantine(storage: Storage) -> pa.Table:
-    try:
-        return storage.read_table("manifest/quarantine.parquet", columns=["stage", "image_id", "uri", "reason"])
-    except FileNotFoundError:
-        return pa.table({"stage": [], "image_id": [], "uri": [], "reason": []})
+        bad = read_bad(storage.child(record.folder), record.stats)
+        ids.setdefault(record.stage, []).extend(bad["image_id"].chunks)
+        for row in bad.slice(0, limit).to_pylist():
+            image = BadImage(record.stage, row["image_id"], row["uri"], row["reason"])
+            first.setdefault((record.stage, image.image_id), image)
+    num_bad = sum(pc.count_distinct(pa.chunked_array(chunks, pa.string())).as_py() for chunks in ids.values())
+    return list(first.values())[:limit], num_bad

@@ -6,6 +6,7 @@ the answers to its lists are not public.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gzip
 import io
@@ -23,6 +24,7 @@ from cluster.streams import StreamSettings
 from jobs.config import ConfigError, load_experiment
 from jobs.importers.voc import VOC_CLASSES, parse_list
 from jobs.predict import PredictSettings, predict_images
+from jobs.quarantine import told
 from subcat_core.classes import BACKGROUND, ClassTable, to_class_ids
 from subcat_core.images import ImageError, decode_mask, encode_mask, read_size
 
@@ -82,8 +84,8 @@ def _predict(
         if stream.num_actors > 0:
             check_shared_storage(output, cluster.shared_folder)
         stats = predict_images(Progress(), segmenter=model, rows=rows, output=output, settings=settings, stream=stream)
-    for bad in stats["bad"]:
-        typer.echo(f"  {bad['uri']}: {bad['reason']}")
+    for line in told(output, stats):
+        typer.echo(line)
 
 
 def _settings_of_run(model: Storage) -> PredictSettings:
@@ -100,7 +102,7 @@ def read_ids(location: str) -> list[str]:
     Raises ValueError where it is empty or has an id twice, StorageError where it cannot be read.
     """
     ids = [image_id for _, image_id in parse_list(Storage(location).read_bytes(""))]
-    twice = sorted({image_id for image_id in ids if ids.count(image_id) > 1})
+    twice = sorted(image_id for image_id, count in collections.Counter(ids).items() if count > 1)
     if not ids or twice:
         found = f"holds {_shown(twice)} twice" if twice else "holds no id"
         raise ValueError(f"{location}: {found}; give a list with one image id a line, such as VOC's test.txt")

@@ -20,6 +20,7 @@ from jobs.prepare import RAW_SCHEMA, PrepareSettings, to_raw
 __all__ = ["Problem", "format_problems", "validate"]
 
 _ROWS_PER_SHARD = 256
+_EXISTS_THREADS = 32  # that ask a storage whether files are there: they only wait
 
 
 def validate(
@@ -34,10 +35,11 @@ def validate(
     """Every problem of a data set; an empty list says that it may be prepared.
 
     source: the settings of `prepare`, a CSV or Parquet table, or the output of a run (its manifest). decode: read and
-    decode every image and mask, spread as `stream` says (Ray must run where it has actors); otherwise files need only
-    be there. scratch: an empty folder for passing files; a temporary one where None. A cluster of several nodes needs
-    one on s3://, or shared_folder: every node mounts it. Raises ValueError where `source` is neither a table nor holds
-    a manifest, and where scratch is not empty.
+    decode every image and mask; otherwise files need only be there. Where it decodes or has a scratch folder, the work
+    is spread as `stream` says (Ray must run where that has actors), otherwise it is done in this process. scratch: an
+    empty folder for passing files; a temporary one where None. A cluster of several nodes needs one on s3://, or
+    shared_folder: every node mounts it. At most a thousand problems of a kind are named, and all counted. Raises
+    ValueError where `source` is neither a table nor holds a manifest, and where scratch is not empty.
     """
     try:
         opened = _open(source)
@@ -46,7 +48,11 @@ def validate(
     settings = source if isinstance(source, PrepareSettings) else None
     stream = stream or StreamSettings(num_actors=0)
     stream = stream.model_copy(
-        update={"max_bad_frac": 1.0, "gpus_per_actor": 0.0, **({} if decode else {"num_actors": 0})}
+        update={
+            "max_bad_frac": 1.0,
+            "gpus_per_actor": 0.0,
+            **({} if decode or scratch is not None else {"num_actors": 0}),
+        }
     )
     mode: CheckMode = "full" if decode else "exists"
     if stream.num_actors:
@@ -81,28 +87,31 @@ def _validate(
     with progress.stage("read lists", unit="rows") as bar:
         rows = to_raw(checked_rows(source, log, RowCounts(source.classes), needs_tags=needs_tags), bar)
         shards = write_shards(scratch.child("raw"), rows, _ROWS_PER_SHARD, RAW_SCHEMA)
-    places: dict[str, list[tuple[str, int | None]]] = {}
+    num_listed = len(log.kept)
 
-    def keep_places(summary: ShardSummary) -> None:
-        if summary.bad:
-            places[summary.name] = summary.stats["places"]
+    def fold(summary: ShardSummary) -> None:
+        for bad, (file, row) in zip(summary.bad, summary.stats["places"], strict=True):
+            rule, _, message = bad.reason.partition(": ")
+            log.add(rule, message, file, row, bad.image_id)
+        summary.bad.clear()  # the log has them, as many as it keeps; the driver's memory must not grow with them
 
+    options = dict(settings.check_options()) if settings else {}
+    if mode == "exists":
+        options["num_threads"] = _EXISTS_THREADS
     with progress.stage("check files", total=sum(shard.num_rows for shard in shards), unit="images") as bar:
-        summaries = map_shards(
+        map_shards(
             CheckWorker,
-            {"classes": source.classes, "mode": mode, **(settings.check_options() if settings else {})},
+            {"classes": source.classes, "mode": mode, **options},
             inputs={"raw": scratch.child("raw")},
             shards=[shard.name for shard in shards],
             output=scratch.child("checked"),
             settings=stream,
             bar=bar,
             stage="validate",
-            fold=keep_places,
+            fold=fold,
         )
-    for summary in summaries:
-        for bad, (file, row) in zip(summary.bad, places.get(summary.name, ()), strict=True):
-            rule, _, message = bad.reason.partition(": ")
-            log.add(rule, message, file, row, bad.image_id)
+    # Shards come in any order.
+    log.kept[num_listed:] = sorted(log.kept[num_listed:], key=lambda found: (found.file, found.row or 0))
     return log.problems()
 
 

@@ -55,7 +55,7 @@ class Problem:
     """One thing that is wrong.
 
     row: line of a text file or row of a Parquet file, from 1, or the annotation's id in a COCO file; None for the whole
-    file.
+    file. number: how many it stands for, where more were found than are named.
     """
 
     rule: str
@@ -63,6 +63,7 @@ class Problem:
     file: str = ""
     row: int | None = None
     image_id: str | None = None
+    number: int = 1
 
     @property
     def is_error(self) -> bool:
@@ -102,7 +103,7 @@ class ProblemLog:
     def problems(self) -> list[Problem]:
         """What was kept, and for each rule with more of them a last one that says how many."""
         rests = [
-            Problem(rule, f"and {count - _MAX_KEPT} more of this kind")
+            Problem(rule, f"and {count - _MAX_KEPT} more of this kind", number=count - _MAX_KEPT)
             for rule, count in self.counts.items()
             if count > _MAX_KEPT
         ]
@@ -122,20 +123,21 @@ def format_problems(problems: Iterable[Problem], max_shown: int | None = None) -
     for problem in problems:
         groups[problem.rule].append(problem)
     lines = []
+    totals = {True: 0, False: 0}  # errors, warnings
     for rule, members in groups.items():
         if not members:
             continue
-        kind = "error" if members[0].is_error else "warning"
-        lines.append(f"{rule} ({kind}, {len(members)}): {REMEDIES[rule]}")
+        total = sum(problem.number for problem in members)
+        totals[members[0].is_error] += total
+        lines.append(f"{rule} ({'error' if members[0].is_error else 'warning'}, {total}): {REMEDIES[rule]}")
         shown = members if max_shown is None else members[:max_shown]
         lines += [f"  {problem}" for problem in shown]
         if len(shown) < len(members):
-            lines.append(f"  and {len(members) - len(shown)} more; `subcat validate` lists all")
+            left = total - sum(problem.number for problem in shown)
+            lines.append(f"  and {left} more; `subcat validate` lists {'all' if total <= _MAX_KEPT else 'a thousand'}")
     if not lines:
         return "no problems"
-    num_errors = sum(problem.is_error for members in groups.values() for problem in members)
-    num_warnings = sum(len(members) for members in groups.values()) - num_errors
-    return "\n".join([_counted(num_errors, "error") + ", " + _counted(num_warnings, "warning"), *lines])
+    return "\n".join([_counted(totals[True], "error") + ", " + _counted(totals[False], "warning"), *lines])
 
 
 def _counted(number: int, what: str) -> str:

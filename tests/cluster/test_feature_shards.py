@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -64,10 +66,16 @@ def mixed(num_rows: int, dimension: int, rng: np.random.Generator) -> tuple[list
     return labels, power_law(num_rows, dimension, rng)
 
 
-def holders(storage: Storage, names: Sequence[str], num_holders: int, num_classes: int) -> DispatchedShard:
+def holders(
+    storage: Storage,
+    names: Sequence[str],
+    num_holders: int,
+    num_classes: int,
+    holder_class: type[FaissShard] = FaissShard,
+) -> DispatchedShard:
     """A dispatcher over FaissShards of this process."""
     files = list_files(storage, names)
-    made = [FaissShard(part, ShardPlan(num_classes, SETTINGS)) for part in split_files(files, num_holders)]
+    made = [holder_class(part, ShardPlan(num_classes, SETTINGS)) for part in split_files(files, num_holders)]
     for holder, part in zip(made, split_files(files, num_holders), strict=True):
         for file in part:
             holder.add(file.name, image_rows(file.name, storage.read_table(f"{file.name}.parquet")))
@@ -116,16 +124,30 @@ def test_any_number_of_holders_and_any_order_give_the_same_bits(tmp_path: Path, 
         assert result.inertia.tobytes() == expected.inertia.tobytes()
 
 
-def test_bytes_of_a_pass_do_not_grow_with_the_rows(tmp_path: Path, rng: np.random.Generator) -> None:
-    moved = []
-    for num_rows in (160, 1280):
+def test_bytes_that_holders_answer_do_not_grow_with_the_rows(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Of every question that k-means puts, as it would be pickled on its way from an actor: `ask` is its one door."""
+    found = []
+    for num_rows in (1500, 6000):  # both more than the sample of a class
+        sizes: dict[str, int] = {}
+
+        class Measured(FaissShard):
+            def ask(self, method: str, *args: Any, sizes: dict[str, int] = sizes) -> Any:
+                answer = super().ask(method, *args)
+                sizes[method] = max(sizes.get(method, 0), len(pickle.dumps(answer)))
+                return answer
+
         storage = Storage(str(tmp_path / str(num_rows)))
         names = write_features(storage, *mixed(num_rows, 24, rng), num_rows // 8)
-        shard = holders(storage, names, 2, 3)
-        shard.assign(np.zeros((3, 4, 24), np.float32), np.arange(3))
-        moved.append(shard.pass_bytes)
-    one_holder = 3 * (4 * (24 + 1) + 2) * 8
-    assert moved == [one_holder, one_holder]
+        shard = holders(storage, names, 2, 3, Measured)
+        assert kmeans(shard, SETTINGS).num_passes > 3
+        assert len(shard.farthest(0, 5).distances) == 5
+        shard.write_labels(lambda name, table: None)
+        found.append(sizes)
+    few, many = found
+    assert few.keys() == many.keys() >= {"describe", "sample", "assign", "farthest", "write_labels"}
+    assert few["assign"] == many["assign"] < 2 * 3 * (4 * (24 + 1) + 2) * 8
+    for method, size in many.items():
+        assert size < 1.5 * few[method], method  # a sample has about as many rows as it should
 
 
 def test_the_compiled_loop_finds_what_faiss_finds(rng: np.random.Generator) -> None:

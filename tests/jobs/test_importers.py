@@ -193,9 +193,13 @@ def test_problem_log_is_bounded_and_counts_all() -> None:
         log.add(problems.NO_TAG, "x", "f.csv", row)
     kept = log.problems()
     assert len(kept) == 1001
-    assert kept[-1] == Problem(problems.NO_TAG, "and 500 more of this kind")
+    assert kept[-1] == Problem(problems.NO_TAG, "and 500 more of this kind", number=500)
     assert format_problems([]) == "no problems"
-    assert "and 998 more; `subcat validate` lists all" in format_problems(kept, max_shown=3)
+    text = format_problems(kept, max_shown=3)
+    assert text.startswith(f"1500 errors, 0 warnings\n{problems.NO_TAG} (error, 1500): ")
+    assert text.endswith("and 1497 more; `subcat validate` lists a thousand")
+    assert "and 7 more; `subcat validate` lists all" in format_problems(kept[:10], max_shown=3)
+    assert format_problems(kept).endswith("f.csv:999: x\n  and 500 more of this kind")
 
 
 def test_list_images_of_a_manifest_are_its_rows(finished_run: str) -> None:

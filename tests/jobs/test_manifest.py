@@ -55,6 +55,7 @@ def test_shards_hold_one_split_and_keep_the_order(storage_root: str) -> None:
     assert manifest.fingerprint == "abc"
     assert manifest.splits == ["train", "val"]
     assert manifest.rows("train", columns=["image_id"])["image_id"].to_pylist() == ["0", "2", "3", "5", "6"]
+    assert manifest.num_rows_in(iter(["part-00003", "part-00001"])) == 3  # names are gone through once
     assert manifest.rows("val").schema == schemas.MANIFEST
     assert manifest.rows(None).num_rows == manifest.num_rows() == 7
     assert manifest.rows("train", limit=3)["image_id"].to_pylist() == ["0", "2", "3"]

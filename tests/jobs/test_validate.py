@@ -80,6 +80,16 @@ def test_on_the_cluster_the_same_is_found(broken: str, ray_cluster: None) -> Non
     assert _told(_validate(broken, decode=True, stream=StreamSettings(num_actors=2))) == DECODED
 
 
+def test_problems_of_files_are_bounded_counted_and_in_order(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "good.png")
+    lines = "".join(f"i{row},gone{row}.png,cat,train\n" for row in range(1, 1300))
+    (tmp_path / "labels.csv").write_text(f"image_id,image,labels,split\na,good.png,cat,train\n{lines}")
+    found = _validate(str(tmp_path / "labels.csv"))
+    assert [(problem.row, problem.number) for problem in found[:-1]] == [(row, 1) for row in range(3, 1003)]
+    assert (found[-1].rule, found[-1].number) == (problems.MISSING_FILE, 299)
+    assert format_problems(found).startswith("1299 errors, 0 warnings")
+
+
 def test_sound_settings_have_no_problems(tiny: Callable[..., dict[str, Any]]) -> None:
     settings = PrepareSettings.model_validate_json(json.dumps(tiny()["prepare"]))
     assert _validate(settings, decode=True) == []
