@@ -138,7 +138,7 @@ def augment(
     pad_rgb: tuple[int, int, int],
     mask: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """One training crop: resize, flip, crop at a random place, colour jitter, padding.
+    """One training crop: resize, flip, crop at a random place, colour jitter, padding, quarter turns.
 
     image: (H, W, 3) uint8 RGB. mask: (H, W) uint8 class ids, or None; with more values of each pixel (H, W, 2..4).
     pad_rgb: the backbone's mean colour, so that padding is zero after normalisation (authors' code). Returns
@@ -166,12 +166,13 @@ def augment(
     crop = np.empty((settings.crop_px, settings.crop_px, 3), np.uint8)
     crop[:] = pad_rgb
     crop[to_y, to_x] = jitter_colours(cut(resize(image, height, width)), settings.jitter, rng)
-    planes = np.ascontiguousarray(crop.transpose(2, 0, 1))
+    num_turns = int(rng.integers(4)) if settings.any_orientation else 0
+    planes = np.ascontiguousarray(np.rot90(crop, num_turns).transpose(2, 0, 1))
     if mask is None:
         return planes, None
     mask_crop = np.full((settings.crop_px, settings.crop_px, *mask.shape[2:]), IGNORE, np.uint8)
     mask_crop[to_y, to_x] = cut(resize_mask(mask, height, width))
-    return planes, mask_crop
+    return planes, np.ascontiguousarray(np.rot90(mask_crop, num_turns))
 
 
 def centre_crop(image: np.ndarray, crop_px: int, pad_rgb: tuple[int, int, int]) -> np.ndarray:

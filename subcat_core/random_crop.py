@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Annotated, Literal
 
 import numpy as np
@@ -35,6 +36,9 @@ class AugmentSettings(Settings):
     the top left, padded at the right and the bottom, before the flip, as in deeplab-pytorch."""
     flip_prob: float = Field(default=0.5, ge=0, le=1)
     """Probability of a left-right flip."""
+    any_orientation: bool = Field(default=False, exclude_if=operator.not_)
+    """Crops are also turned by 0 to 3 quarter turns: for pictures that have no up, such as tissue and surfaces. Left
+    out of what is written while false, so that outputs from before there was this setting stay valid."""
     jitter: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)
     """Brightness, contrast, saturation and hue: factors within 1 +- value, hue within +- value of a turn."""
 

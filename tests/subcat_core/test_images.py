@@ -213,6 +213,23 @@ def test_augment_keeps_image_and_mask_together(rng: np.random.Generator) -> None
     assert len(flipped) > 2
 
 
+def test_augment_turns_image_and_mask_into_all_orientations(rng: np.random.Generator) -> None:
+    mask = np.arange(9, dtype=np.uint8).reshape(3, 3).repeat(4, axis=0).repeat(4, axis=1)  # 3 x 3 fields of 4 px
+    image = np.repeat(mask[..., None] * 20, 3, axis=2)
+    sizes = {"resize_min_px": 12, "resize_max_px": 12, "crop_px": 12, "jitter": (0.0,) * 4}
+    seen = set()
+    for _ in range(100):
+        crop, turned = augment(image, AugmentSettings(any_orientation=True, **sizes), rng, pad_rgb=(0, 0, 0), mask=mask)
+        assert turned is not None
+        assert np.array_equal(crop[0], turned * 20)
+        seen.add(turned[::4, ::4].tobytes())
+    fields = np.arange(9, dtype=np.uint8).reshape(3, 3)
+    turns = [np.rot90(fields, k) for k in range(4)]
+    assert seen == {each.tobytes() for turn in turns for each in (turn, turn[:, ::-1])}
+    never, always = AugmentSettings(**sizes), AugmentSettings(any_orientation=True, **sizes)
+    assert always.model_dump() == {**never.model_dump(), "any_orientation": True}  # fingerprints without it stay
+
+
 def test_augment_cuts_all_values_of_a_pixel_alike(rng: np.random.Generator) -> None:
     mask = rng.integers(0, 250, (20, 30), dtype=np.uint8)
     settings = AugmentSettings(resize_min_px=25, resize_max_px=35, crop_px=40)
