@@ -30,12 +30,14 @@ def call_s3(filesystem: Any, action: str, uri: str, call: Callable[[Any], _T], *
         try:
             if check_bucket:
                 _require_bucket(filesystem, uri)
-            return call(filesystem)
+            try:
+                return call(filesystem)
+            except FileNotFoundError:
+                _require_bucket(filesystem, uri)
+                raise
         except StorageError:
             raise
         except (OSError, BotoCoreError, ClientError, aiohttp.ClientError) as error:
-            if isinstance(error, FileNotFoundError) and not check_bucket:
-                _require_bucket(filesystem, uri)
             reason = _final_reason(error)
             if reason is None and attempt < len(_RETRY_WAITS_S):
                 wait_s = _RETRY_WAITS_S[attempt]

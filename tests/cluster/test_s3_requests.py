@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import logging
+from typing import Any
 
 import pytest
 
 from cluster import s3_requests
-from cluster.storage import StorageError
+from cluster.storage import MissingFileError, StorageError
 
 
 def test_retries_are_bounded_and_logged(
@@ -33,3 +34,34 @@ def test_retries_are_bounded_and_logged(
     with pytest.raises(StorageError, match=r"^s3://b/x: cannot read: failed 3 times, last with: .* request rate"):
         s3_requests.call_s3(None, "read", "s3://b/x", flaky)
     assert num_calls == -7
+
+
+class SlowDown:
+    """A client that is told to slow down while it looks for the bucket, as often as it says."""
+
+    def __init__(self, num_refusals: int) -> None:
+        self.num_refusals = num_refusals
+
+    def call_s3(self, method: str, **names: str) -> None:
+        self.num_refusals -= 1
+        if self.num_refusals >= 0:
+            raise OSError(errno.EBUSY, "Please reduce your request rate.")
+
+    def read(self) -> bytes:
+        raise FileNotFoundError("x")
+
+
+@pytest.mark.parametrize("check_bucket", [False, True])
+def test_looking_for_the_bucket_is_retried_and_worded(
+    s3_server: str, monkeypatch: pytest.MonkeyPatch, check_bucket: bool
+) -> None:
+    monkeypatch.setattr(s3_requests, "_RETRY_WAITS_S", (0.0, 0.0))
+
+    def read(num_refusals: int) -> Any:
+        client = SlowDown(num_refusals)
+        return s3_requests.call_s3(client, "read", "s3://b/x", SlowDown.read, check_bucket=check_bucket)
+
+    with pytest.raises(MissingFileError, match=r"^s3://b/x: cannot read: no such object; check the URI$"):
+        read(2)
+    with pytest.raises(StorageError, match=r"^s3://b/x: cannot read: failed 3 times, last with: .* request rate"):
+        read(3)
