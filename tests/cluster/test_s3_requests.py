@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
 from cluster import s3_requests
 from cluster.storage import MissingFileError, StorageError
@@ -26,13 +28,13 @@ def test_retries_are_bounded_and_logged(
         return b"at last"
 
     with caplog.at_level(logging.WARNING, logger="subcat"):
-        assert s3_requests.call_s3(None, "read", "s3://b/x", flaky) == b"at last"
+        assert s3_requests.call_s3(SimpleNamespace(), "read", "s3://b/x", flaky) == b"at last"
     assert [r.getMessage() for r in caplog.records] == [
         "s3://b/x: cannot read yet ([Errno 16] Please reduce your request rate.); again in 0.0 s"
     ] * 2
     num_calls = -10
     with pytest.raises(StorageError, match=r"^s3://b/x: cannot read: failed 3 times, last with: .* request rate"):
-        s3_requests.call_s3(None, "read", "s3://b/x", flaky)
+        s3_requests.call_s3(SimpleNamespace(), "read", "s3://b/x", flaky)
     assert num_calls == -7
 
 
@@ -65,3 +67,24 @@ def test_looking_for_the_bucket_is_retried_and_worded(
         read(2)
     with pytest.raises(StorageError, match=r"^s3://b/x: cannot read: failed 3 times, last with: .* request rate"):
         read(3)
+
+
+def test_an_outage_of_a_minute_is_outlasted_and_a_server_that_never_answered_is_told_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(s3_requests, "time", SimpleNamespace(sleep=waits.append))
+    client = SimpleNamespace()
+
+    def refused(filesystem: object) -> bytes:
+        raise EndpointConnectionError(endpoint_url="http://127.0.0.1:9")
+
+    with pytest.raises(StorageError, match=r"^s3://b/x: cannot read: failed 5 times, last with: Could not connect"):
+        s3_requests.call_s3(client, "read", "s3://b/x", refused)
+    assert 2 < sum(waits) < 5
+    waits.clear()
+    assert s3_requests.call_s3(client, "read", "s3://b/x", lambda _: b"answer") == b"answer"
+    with pytest.raises(StorageError, match=r"^s3://b/x: cannot read: failed 10 times, last with: Could not connect"):
+        s3_requests.call_s3(client, "read", "s3://b/x", refused)
+    assert 60 < sum(waits) < 180
+    assert len(set(waits[-3:])) == 3, "jitter tells equal waits apart"
