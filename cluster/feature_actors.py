@@ -115,7 +115,10 @@ def _actor_pool(
     num_cpus = _cpus_per_actor(len(parts), stream, node_sizes())
     plan = dataclasses.replace(plan, num_threads=max(1, int(num_cpus)))
     wait_for_room(room_for_actors("cluster_features", len(parts), num_cpus, stream.gpus_per_actor))
-    actor_class: Any = ray.remote(holder_class).options(num_cpus=num_cpus, num_gpus=stream.gpus_per_actor)
+    # Ray's default fills one node before the next: the rows would lie in the memory of one.
+    actor_class: Any = ray.remote(holder_class).options(
+        num_cpus=num_cpus, num_gpus=stream.gpus_per_actor, scheduling_strategy="SPREAD"
+    )
     actors: list[Any] = [actor_class.remote(list(files), plan) for files in parts]
     try:
         yield _ActorPool(actors)
