@@ -9,17 +9,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import faiss
 import numpy as np
 import psutil
 import pyarrow as pa
 import ray
 
+from cluster.faiss_search import gpu_search
 from cluster.feature_actors import with_actors
 from cluster.kmeans_progress import StoredProgress, progress_key
 from cluster.runtime import peak_rss_bytes
@@ -47,29 +46,8 @@ from subcat_core.seeding import component_axes
 logger = logging.getLogger("subcat")
 
 _FOOTER_THREADS = 16
-_ATTEMPTS = 2
+_MAX_DEATHS = 2  # of actors, without a whole pass between
 _MAX_NAMED_ROWS = 5
-
-
-class FaissSearch:
-    """Nearest centroids by faiss on a GPU."""
-
-    def __init__(self) -> None:
-        self._resources = faiss.StandardGpuResources()
-        self._lock = threading.Lock()
-
-    def __call__(self, rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-        """(n,) int32: the nearest of centroids (K, D) for rows (n, D), float32."""
-        with self._lock:  # faiss: one StandardGpuResources serves one thread at a time
-            return faiss.knn_gpu(self._resources, rows, centroids, 1)[1][:, 0].astype(np.int32)
-
-
-def gpu_search() -> FaissSearch | None:
-    """faiss on the GPU of this process; None, and a warning, where faiss sees none."""
-    if getattr(faiss, "get_num_gpus", lambda: 0)() > 0:
-        return FaissSearch()
-    logger.warning("faiss sees no GPU; k-means goes on on the CPU")
-    return None
 
 
 class FaissShard:
@@ -232,6 +210,13 @@ def cluster_features(
     """
     files = list_files(features, shard_names)
     plan = ShardPlan(num_classes, settings, use_gpu=stream.gpus_per_actor > 0)
+    num_passes = 0
+
+    def count_pass(pass_index: int, inertia: float, num_changed: int) -> None:
+        nonlocal num_passes
+        num_passes += 1
+        if on_pass is not None:
+            on_pass(pass_index, inertia, num_changed)
 
     def work(holders: Holders) -> KMeansResult:
         bad_rows = [row for rows in holders.call("bad_rows") for row in rows]
@@ -242,7 +227,7 @@ def cluster_features(
         key = progress_key(shard, settings, rng_seed, num_clusters)
         progress = StoredProgress(output, key)
         result = kmeans(
-            shard, settings, rng_seed=rng_seed, on_pass=on_pass, num_clusters=num_clusters, checkpoint=progress
+            shard, settings, rng_seed=rng_seed, on_pass=count_pass, num_clusters=num_clusters, checkpoint=progress
         )
         shard.write_labels(TableWriter(output))
         progress.delete()
@@ -250,7 +235,9 @@ def cluster_features(
 
     if stream.num_actors > 0:
         parts = split_files(files, stream.num_actors)
-        return with_actors(FaissShard, features, parts, plan, stream, work, attempts=_ATTEMPTS)
+        return with_actors(
+            FaissShard, features, parts, plan, stream, work, max_deaths=_MAX_DEATHS, num_passes=lambda: num_passes
+        )
     holder = FaissShard(files, plan)
     check_memory([holder.reserve()])
     for file in files:

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cluster.feature_shards import FaissSearch, FaissShard, LocalHolders, cluster_features, list_files, split_files
+from cluster.faiss_search import FaissSearch
+from cluster.feature_shards import FaissShard, LocalHolders, cluster_features, list_files, split_files
 from cluster.shard_dispatch import DispatchedShard, ShardFile, ShardPlan, check_memory, image_rows
 from cluster.storage import MissingFileError, Storage, StorageError
 from cluster.streams import StreamSettings
