@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,7 +34,8 @@ from cluster.shard_dispatch import (
     feature_dimension,
     image_rows,
 )
-from cluster.storage import Storage
+from cluster.spill_file import SpillFile, slot_bytes
+from cluster.storage import Storage, StorageError
 from cluster.streams import StreamSettings
 from subcat_core.block_shard import BlockShard, check_dimensions
 from subcat_core.feature_blocks import FeatureBlock, ImageRows
@@ -59,17 +60,20 @@ class FaissShard:
         self._pieces: dict[str, list[ImageRows]] = {}
         self._blocks: dict[int, FeatureBlock] = {}
         self._cached_bytes = 0
-        self._error: ValueError | None = None
+        self._spill_file: SpillFile | None = None
+        self._error: ValueError | StorageError | None = None
         self._shard: BlockShard | None = None
 
     def reserve(self) -> Reservation:
         """What the cache will take of which node's memory."""
-        item_bytes = 4 if self._plan.settings.stored_dtype == "float32" else 2
-        cache_bytes = sum(file.num_rows * file.dimension for file in self._files.values()) * item_bytes
+        cache_bytes = sum(map(self._bytes_of, self._files.values()))
         if self._plan.settings.cache_bytes is not None:
             cache_bytes = min(cache_bytes, self._plan.settings.cache_bytes)
         node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else "this machine"
         return Reservation(node_id, len(self._files), cache_bytes, psutil.virtual_memory().available)
+
+    def _bytes_of(self, file: ShardFile) -> int:
+        return file.num_rows * file.dimension * (4 if self._plan.settings.stored_dtype == "float32" else 2)
 
     def add(self, name: str, rows: ImageRows) -> int:
         """Take rows of a file, copied. Rows that come twice (a retried reading) count once. Errors wait for finish."""
@@ -82,7 +86,10 @@ class FaissShard:
         return len(rows.image_ids)
 
     def finish(self) -> None:
-        """Check that every file is whole; raises the first ValueError, naming the shard file and the image."""
+        """Check that every file is whole; raises the first ValueError, naming the shard file and the image.
+
+        StorageError where the disk had no room for rows beyond `cache_bytes`.
+        """
         for file in self._files.values():
             if file.block_id not in self._blocks and self._error is None:
                 self._try_to_seal(file)
@@ -106,17 +113,21 @@ class FaissShard:
             block = FeatureBlock(
                 file.name, rows, self._plan.num_classes, settings.stored_dtype, spherical=settings.spherical
             )
-        except ValueError as error:
-            self._error = error
-        else:
-            self._cached_bytes += block.features.nbytes
-            if settings.cache_bytes is not None and self._cached_bytes > settings.cache_bytes:
-                self._cached_bytes -= block.features.nbytes
-                block.spill()
+            if settings.cache_bytes is None or self._cached_bytes + block.features.nbytes <= settings.cache_bytes:
+                self._cached_bytes += block.features.nbytes
+            else:
+                block.spill(self._slot(file))
             self._blocks[file.block_id] = block
+        except (ValueError, StorageError) as error:
+            self._error = error
         self._pieces.pop(file.name, None)
 
-    def _why_not_whole(self, file: ShardFile) -> ValueError | None:
+    def _slot(self, file: ShardFile) -> Callable[[np.ndarray], np.ndarray]:
+        if self._spill_file is None:
+            self._spill_file = SpillFile(sum(slot_bytes(self._bytes_of(file)) for file in self._files.values()))
+        return self._spill_file.slot(self._bytes_of(file))
+
+    def _why_not_whole(self, file: ShardFile) -> ValueError | StorageError | None:
         if file.block_id in self._blocks:
             return None
         ids = [key for piece in self._pieces.get(file.name, []) for key in piece.row_keys()]
