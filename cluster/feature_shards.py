@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import ray
 
 from cluster.faiss_search import gpu_search
 from cluster.feature_actors import with_actors
 from cluster.kmeans_progress import StoredProgress, progress_key
+from cluster.memory import free_bytes
 from cluster.runtime import peak_rss_bytes
 from cluster.shard_dispatch import (
     FEATURE_COLUMNS,
@@ -70,7 +70,7 @@ class FaissShard:
         if self._plan.settings.cache_bytes is not None:
             cache_bytes = min(cache_bytes, self._plan.settings.cache_bytes)
         node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else "this machine"
-        return Reservation(node_id, len(self._files), cache_bytes, psutil.virtual_memory().available)
+        return Reservation(node_id, len(self._files), cache_bytes, free_bytes())
 
     def _bytes_of(self, file: ShardFile) -> int:
         return file.num_rows * file.dimension * (4 if self._plan.settings.stored_dtype == "float32" else 2)
