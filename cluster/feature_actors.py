@@ -31,7 +31,13 @@ from subcat_core.kmeans_result import KMeansResult
 
 logger = logging.getLogger("subcat")
 
-_DEATHS = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+_DEATHS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.ObjectLostError,  # these three: of a node that is gone
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+)
 _FILES_AT_ONCE = 4  # in one reading task
 _READING_CPUS = 1.0  # kept free of actors, or the tasks that feed them would wait for ever
 
@@ -44,14 +50,17 @@ def with_actors(
     stream: StreamSettings,
     work: Work,
     *,
-    attempts: int,
+    max_deaths: int,
+    num_passes: Callable[[], int],
 ) -> KMeansResult:
-    """Run `work` over one actor for each part; with new actors again, up to `attempts` times, when one dies.
+    """Run `work` over one actor for each part; with new actors again when one dies.
 
-    holder_class: what an actor runs, as feature_shards.FaissShard. Errors of the rows come out as ValueError, those of
-    their files as StorageError.
+    It ends when actors died `max_deaths` times without a whole pass between; num_passes: how many `work` has done so
+    far. holder_class: what an actor runs, as feature_shards.FaissShard. Errors of the rows come out as ValueError,
+    those of their files as StorageError.
     """
-    for attempt in range(1, attempts + 1):
+    num_deaths, passes_before = 0, num_passes()
+    while True:
         try:
             with _actor_pool(holder_class, parts, plan, stream) as pool:
                 reservations = pool.call("reserve")
@@ -64,13 +73,14 @@ def with_actors(
                 peak = max(peak_rss_bytes(), *pool.call("peak_rss"))
                 return dataclasses.replace(result, peak_rss_bytes=peak)
         except _DEATHS as error:
-            if attempt == attempts:
+            num_deaths = 1 if num_passes() > passes_before else num_deaths + 1
+            passes_before = num_passes()
+            if num_deaths == max_deaths:
                 raise RuntimeError(
-                    f"an actor that holds feature rows died {attempts} times ({str(error).splitlines()[0]}); "
+                    f"an actor that holds feature rows died {num_deaths} times ({str(error).splitlines()[0]}); "
                     "most often memory ran out: use kmeans.cache_bytes, kmeans.stored_dtype = 'float16', or more nodes"
                 ) from error
             logger.warning("an actor that holds feature rows died; k-means goes on after its last pass")
-    raise AssertionError("attempts is at least 1")
 
 
 @dataclasses.dataclass
@@ -115,7 +125,10 @@ def _actor_pool(
     num_cpus = _cpus_per_actor(len(parts), stream, node_sizes())
     plan = dataclasses.replace(plan, num_threads=max(1, int(num_cpus)))
     wait_for_room(room_for_actors("cluster_features", len(parts), num_cpus, stream.gpus_per_actor))
-    actor_class: Any = ray.remote(holder_class).options(num_cpus=num_cpus, num_gpus=stream.gpus_per_actor)
+    # Ray's default fills one node before the next: the rows would lie in the memory of one.
+    actor_class: Any = ray.remote(holder_class).options(
+        num_cpus=num_cpus, num_gpus=stream.gpus_per_actor, scheduling_strategy="SPREAD"
+    )
     actors: list[Any] = [actor_class.remote(list(files), plan) for files in parts]
     try:
         yield _ActorPool(actors)

@@ -9,19 +9,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import faiss
 import numpy as np
-import psutil
 import pyarrow as pa
 import ray
 
+from cluster.faiss_search import gpu_search
 from cluster.feature_actors import with_actors
 from cluster.kmeans_progress import StoredProgress, progress_key
+from cluster.memory import free_bytes
 from cluster.runtime import peak_rss_bytes
 from cluster.shard_dispatch import (
     FEATURE_COLUMNS,
@@ -35,7 +34,8 @@ from cluster.shard_dispatch import (
     feature_dimension,
     image_rows,
 )
-from cluster.storage import Storage
+from cluster.spill_file import SpillFile, slot_bytes
+from cluster.storage import Storage, StorageError
 from cluster.streams import StreamSettings
 from subcat_core.block_shard import BlockShard, check_dimensions
 from subcat_core.feature_blocks import FeatureBlock, ImageRows
@@ -47,29 +47,8 @@ from subcat_core.seeding import component_axes
 logger = logging.getLogger("subcat")
 
 _FOOTER_THREADS = 16
-_ATTEMPTS = 2
+_MAX_DEATHS = 2  # of actors, without a whole pass between
 _MAX_NAMED_ROWS = 5
-
-
-class FaissSearch:
-    """Nearest centroids by faiss on a GPU."""
-
-    def __init__(self) -> None:
-        self._resources = faiss.StandardGpuResources()
-        self._lock = threading.Lock()
-
-    def __call__(self, rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-        """(n,) int32: the nearest of centroids (K, D) for rows (n, D), float32."""
-        with self._lock:  # faiss: one StandardGpuResources serves one thread at a time
-            return faiss.knn_gpu(self._resources, rows, centroids, 1)[1][:, 0].astype(np.int32)
-
-
-def gpu_search() -> FaissSearch | None:
-    """faiss on the GPU of this process; None, and a warning, where faiss sees none."""
-    if getattr(faiss, "get_num_gpus", lambda: 0)() > 0:
-        return FaissSearch()
-    logger.warning("faiss sees no GPU; k-means goes on on the CPU")
-    return None
 
 
 class FaissShard:
@@ -81,17 +60,20 @@ class FaissShard:
         self._pieces: dict[str, list[ImageRows]] = {}
         self._blocks: dict[int, FeatureBlock] = {}
         self._cached_bytes = 0
-        self._error: ValueError | None = None
+        self._spill_file: SpillFile | None = None
+        self._error: ValueError | StorageError | None = None
         self._shard: BlockShard | None = None
 
     def reserve(self) -> Reservation:
         """What the cache will take of which node's memory."""
-        item_bytes = 4 if self._plan.settings.stored_dtype == "float32" else 2
-        cache_bytes = sum(file.num_rows * file.dimension for file in self._files.values()) * item_bytes
+        cache_bytes = sum(map(self._bytes_of, self._files.values()))
         if self._plan.settings.cache_bytes is not None:
             cache_bytes = min(cache_bytes, self._plan.settings.cache_bytes)
         node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else "this machine"
-        return Reservation(node_id, len(self._files), cache_bytes, psutil.virtual_memory().available)
+        return Reservation(node_id, len(self._files), cache_bytes, free_bytes())
+
+    def _bytes_of(self, file: ShardFile) -> int:
+        return file.num_rows * file.dimension * (4 if self._plan.settings.stored_dtype == "float32" else 2)
 
     def add(self, name: str, rows: ImageRows) -> int:
         """Take rows of a file, copied. Rows that come twice (a retried reading) count once. Errors wait for finish."""
@@ -104,7 +86,10 @@ class FaissShard:
         return len(rows.image_ids)
 
     def finish(self) -> None:
-        """Check that every file is whole; raises the first ValueError, naming the shard file and the image."""
+        """Check that every file is whole; raises the first ValueError, naming the shard file and the image.
+
+        StorageError where the disk had no room for rows beyond `cache_bytes`.
+        """
         for file in self._files.values():
             if file.block_id not in self._blocks and self._error is None:
                 self._try_to_seal(file)
@@ -128,17 +113,21 @@ class FaissShard:
             block = FeatureBlock(
                 file.name, rows, self._plan.num_classes, settings.stored_dtype, spherical=settings.spherical
             )
-        except ValueError as error:
-            self._error = error
-        else:
-            self._cached_bytes += block.features.nbytes
-            if settings.cache_bytes is not None and self._cached_bytes > settings.cache_bytes:
-                self._cached_bytes -= block.features.nbytes
-                block.spill()
+            if settings.cache_bytes is None or self._cached_bytes + block.features.nbytes <= settings.cache_bytes:
+                self._cached_bytes += block.features.nbytes
+            else:
+                block.spill(self._slot(file))
             self._blocks[file.block_id] = block
+        except (ValueError, StorageError) as error:
+            self._error = error
         self._pieces.pop(file.name, None)
 
-    def _why_not_whole(self, file: ShardFile) -> ValueError | None:
+    def _slot(self, file: ShardFile) -> Callable[[np.ndarray], np.ndarray]:
+        if self._spill_file is None:
+            self._spill_file = SpillFile(sum(slot_bytes(self._bytes_of(file)) for file in self._files.values()))
+        return self._spill_file.slot(self._bytes_of(file))
+
+    def _why_not_whole(self, file: ShardFile) -> ValueError | StorageError | None:
         if file.block_id in self._blocks:
             return None
         ids = [key for piece in self._pieces.get(file.name, []) for key in piece.row_keys()]
@@ -232,6 +221,13 @@ def cluster_features(
     """
     files = list_files(features, shard_names)
     plan = ShardPlan(num_classes, settings, use_gpu=stream.gpus_per_actor > 0)
+    num_passes = 0
+
+    def count_pass(pass_index: int, inertia: float, num_changed: int) -> None:
+        nonlocal num_passes
+        num_passes += 1
+        if on_pass is not None:
+            on_pass(pass_index, inertia, num_changed)
 
     def work(holders: Holders) -> KMeansResult:
         bad_rows = [row for rows in holders.call("bad_rows") for row in rows]
@@ -242,7 +238,7 @@ def cluster_features(
         key = progress_key(shard, settings, rng_seed, num_clusters)
         progress = StoredProgress(output, key)
         result = kmeans(
-            shard, settings, rng_seed=rng_seed, on_pass=on_pass, num_clusters=num_clusters, checkpoint=progress
+            shard, settings, rng_seed=rng_seed, on_pass=count_pass, num_clusters=num_clusters, checkpoint=progress
         )
         shard.write_labels(TableWriter(output))
         progress.delete()
@@ -250,7 +246,9 @@ def cluster_features(
 
     if stream.num_actors > 0:
         parts = split_files(files, stream.num_actors)
-        return with_actors(FaissShard, features, parts, plan, stream, work, attempts=_ATTEMPTS)
+        return with_actors(
+            FaissShard, features, parts, plan, stream, work, max_deaths=_MAX_DEATHS, num_passes=lambda: num_passes
+        )
     holder = FaissShard(files, plan)
     check_memory([holder.reserve()])
     for file in files:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -13,8 +15,11 @@ _FOOTER_BYTES = 2**16  # asked for at once: a footer is smaller
 
 
 def read_columns(path: str, source: Any, wanted: list[str] | None) -> pa.Table:
-    """source: what pyarrow opens; path: for messages. StorageError where a column is not there."""
-    with pq.ParquetFile(source) as file:
+    """source: what pyarrow opens; path: for messages. StorageError where a column is not there.
+
+    Pages that have a checksum are held against it.
+    """
+    with pq.ParquetFile(source, page_checksum_verification=True) as file:
         missing = [column for column in wanted or [] if column not in file.schema_arrow.names]
         if missing:
             raise StorageError(
@@ -24,12 +29,18 @@ def read_columns(path: str, source: Any, wanted: list[str] | None) -> pa.Table:
 
 
 def read_remote_columns(filesystem: Any, path: str, wanted: list[str]) -> pa.Table:
-    """The footer, and then the byte ranges of these columns alone; filesystem: of fsspec."""
+    """The footer, and then the byte ranges of these columns alone; filesystem: of fsspec.
+
+    StorageError for what is wrong with the file; errors of the filesystem come out as they are.
+    """
     from fsspec.parquet import open_parquet_file
 
-    with open_parquet_file(
-        path, fs=filesystem, engine="pyarrow", columns=wanted, footer_sample_size=_FOOTER_BYTES
-    ) as stream:
+    with (
+        _broken_files_told(path),
+        open_parquet_file(
+            path, fs=filesystem, engine="pyarrow", columns=wanted, footer_sample_size=_FOOTER_BYTES
+        ) as stream,
+    ):
         return read_columns(path, stream, wanted)
 
 
@@ -40,9 +51,32 @@ def read_footer(source: Any) -> tuple[int, pa.Schema]:
 
 
 def read_remote_footer(filesystem: Any, path: str) -> tuple[int, pa.Schema]:
-    """As read_footer; filesystem: of fsspec."""
-    with filesystem.open(path, "rb", block_size=_FOOTER_BYTES) as stream:
+    """As read_footer; filesystem: of fsspec; errors as read_remote_columns."""
+    with _broken_files_told(path), filesystem.open(path, "rb", block_size=_FOOTER_BYTES) as stream:
         return read_footer(stream)
+
+
+@contextlib.contextmanager
+def _broken_files_told(path: str) -> Iterator[None]:
+    """StorageError for errors of pyarrow: another request would not help, as it may for one of the filesystem.
+
+    pyarrow raises a plain OSError without an errno for a file that is damaged; those of requests have one, or a class.
+    """
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise broken_table(path, error) from error
+    except OSError as error:
+        if type(error) is OSError and error.errno is None:
+            raise broken_table(path, error) from error
+        raise
+
+
+def write_table(table: pa.Table) -> pa.Buffer:
+    """A Parquet file, zstd-compressed, with a checksum of each page."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()
 
 
 def broken_table(path: str, error: Exception) -> StorageError:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import itertools
 import logging
+import random
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from cluster.local_files import MissingFileError, StorageError
@@ -16,54 +17,64 @@ logger = logging.getLogger("subcat")
 
 S3_SCHEME = "s3://"
 _T = TypeVar("_T")
-_RETRY_WAITS_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # a first attempt, and a retry after each: a minute in all
-_NUM_FIRST_RETRIES = 4
-_in_first_contact: ContextVar[bool] = ContextVar("in_first_contact", default=False)
-
-
-@contextlib.contextmanager
-def first_contact() -> Iterator[None]:
-    """Inside it, requests of this thread are given up after seconds: the endpoint may be a wrong one.
-
-    Elsewhere a server that is started again is waited for, a minute at most.
-    """
-    token = _in_first_contact.set(True)
-    try:
-        yield
-    finally:
-        _in_first_contact.reset(token)
+# A first attempt, and a retry after each of these: two minutes are longer than most restarts of a server.
+_RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0)
+_FIRST_WAITS_S = (0.2, 0.5, 1.0, 2.0)  # instead, where no answer has ever come: most often a wrong endpoint
+_JITTER = 0.25  # of a wait, more or less, so that the workers of a run do not all come back at once
 
 
 def call_s3(filesystem: Any, action: str, uri: str, call: Callable[[Any], _T], *, check_bucket: bool = False) -> _T:
     """Run a request with bounded retries; every failure is a StorageError of one line.
 
+    They go on for two minutes; for a few seconds where nothing answers, and nothing has since the run began.
     filesystem: the s3fs client. call: the request, given that client; safe to repeat.
     check_bucket: for requests whose "nothing there" may also mean that there is no bucket; asked once a process.
     """
     import aiohttp
     from botocore.exceptions import BotoCoreError, ClientError
 
-    waits_s = _RETRY_WAITS_S[:_NUM_FIRST_RETRIES] if _in_first_contact.get() else _RETRY_WAITS_S
-    for attempt in range(len(waits_s) + 1):
+    for attempt in itertools.count():
         try:
             if check_bucket:
                 _require_bucket(filesystem, uri)
-            return call(filesystem)
+            try:
+                result = call(filesystem)
+            except FileNotFoundError:
+                _require_bucket(filesystem, uri)
+                raise
         except StorageError:
             raise
         except (OSError, BotoCoreError, ClientError, aiohttp.ClientError) as error:
-            if isinstance(error, FileNotFoundError) and not check_bucket:
-                _require_bucket(filesystem, uri)
+            if not _is_unanswered(error):
+                filesystem._subcat_answered = True
             reason = _final_reason(error)
+            waits_s = _RETRY_WAITS_S if _has_answered(filesystem) else _FIRST_WAITS_S
             if reason is None and attempt < len(waits_s):
-                wait_s = waits_s[attempt]
+                wait_s = waits_s[attempt] * random.uniform(1 - _JITTER, 1 + _JITTER)
                 logger.warning("%s: cannot %s yet (%s); again in %.1f s", uri, action, _first_line(error), wait_s)
                 time.sleep(wait_s)
                 continue
             kind = MissingFileError if isinstance(error, FileNotFoundError) else StorageError
             reason = reason or f"failed {attempt + 1} times, last with: {_first_line(error)}; check the S3 endpoint"
             raise kind(f"{uri}: cannot {action}: {reason}") from error
+        filesystem._subcat_answered = True
+        return result
     raise AssertionError("the last attempt returns or raises")
+
+
+def _is_unanswered(error: Exception) -> bool:
+    """Whether no server may be there at all: nobody listens, the name is unknown, or nothing is heard."""
+    import aiohttp
+    from botocore.exceptions import ConnectionError, HTTPClientError
+
+    return isinstance(error, (ConnectionError, HTTPClientError, TimeoutError, aiohttp.ClientConnectionError))
+
+
+def _has_answered(filesystem: Any) -> bool:
+    """Whether the server has ever answered this process, or the driver that started this process as a Ray worker."""
+    ray = sys.modules.get("ray")  # a Ray worker has it; a process without it need not load it
+    in_worker = ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+    return in_worker or getattr(filesystem, "_subcat_answered", False)
 
 
 def _final_reason(error: Exception) -> str | None:

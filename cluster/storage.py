@@ -14,11 +14,17 @@ from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cluster.local_files import LocalFiles, MissingFileError, StorageError
-from cluster.parquet_files import broken_table, read_columns, read_footer, read_remote_columns, read_remote_footer
-from cluster.s3_requests import S3_SCHEME, call_s3, first_contact
+from cluster.parquet_files import (
+    broken_table,
+    read_columns,
+    read_footer,
+    read_remote_columns,
+    read_remote_footer,
+    write_table,
+)
+from cluster.s3_requests import S3_SCHEME, call_s3
 
 __all__ = ["MissingFileError", "Storage", "StorageError", "read_uri"]
 
@@ -203,10 +209,8 @@ class Storage:
             raise broken_table(path, error) from error
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        """Write one Parquet file, zstd-compressed, atomically."""
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        self.write_bytes(name, sink.getvalue().to_pybytes())
+        """Write one Parquet file, zstd-compressed and with checksums, atomically."""
+        self.write_bytes(name, write_table(table).to_pybytes())
 
     @contextlib.contextmanager
     def fetch(self, name: str) -> Iterator[Path]:
@@ -218,9 +222,8 @@ class Storage:
     def check_writable(self) -> None:
         """Write and delete a small file, so that a run fails at its start and not at its first output."""
         probe = f".subcat-{uuid.uuid4().hex}.tmp"
-        with first_contact():
-            self.write_bytes(probe, b"subcat")
-            self.delete(probe)
+        self.write_bytes(probe, b"subcat")
+        self.delete(probe)
 
     def _at(self, name: str) -> tuple[Any, str]:
         uri = self.uri(name)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -96,6 +95,7 @@ class FeatureBlock:
         self.label_counts = rows.label_counts
         _check_labels(name, rows, num_classes)
         self._stored_dtype = stored_dtype
+        self._move: Callable[[np.ndarray], np.ndarray] | None = None
         features, self.norms = rows.features, norms[finite]
         if spherical:
             self._keep(features / np.maximum(self.norms, np.finfo(np.float32).tiny)[:, None])
@@ -118,20 +118,20 @@ class FeatureBlock:
         return int(self.features.shape[1])
 
     def turn(self, axes: np.ndarray) -> None:
-        """Keep the rows times axes (d, D) float32 from here on, and not the rows."""
+        """Keep the rows times axes (d, D) float32 from here on, and not the rows; where the rows were moved to."""
         points = np.empty((len(self.image_ids), len(axes)), np.float32)
         for part, features, places in self._tiles(np.arange(len(points))):
             lloyd.project(features, places, axes, points[part])
         self._keep(points)
+        if self._move is not None:
+            self.features = self._move(self.features)
 
-    def spill(self) -> None:
-        """Move the rows to a nameless file in the temporary folder, mapped into memory; it ends with the process."""
-        if self.features.nbytes:
-            with tempfile.TemporaryFile() as file:
-                file.write(self.features.data)
-                file.flush()
-                mapped = np.memmap(file, self.features.dtype, "r+", shape=self.features.shape)
-            self.features = np.asarray(mapped)
+    def spill(self, move: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Move the rows to where they take no memory. move: writes an array there and returns it from there; a second
+        array, not larger, takes the place of the first.
+        """
+        self._move = move
+        self.features = move(self.features)
 
     def _keep(self, features: np.ndarray) -> None:
         """Cache features (n, D) as `stored_dtype`, with the norms of what is cached."""

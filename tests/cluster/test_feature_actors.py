@@ -127,6 +127,38 @@ def test_actors_that_keep_dying_are_told(
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_deaths_count_since_the_last_whole_pass(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(str(tmp_path))
+    names = write_features(storage, *mixed(1500, 8, rng), 375)
+    expected = cluster_features(storage, names, storage.child("local"), num_classes=3, settings=SETTINGS, stream=LOCAL)
+    deaths = [
+        ray.exceptions.WorkerCrashedError(),
+        ray.exceptions.NodeDiedError("the node is gone"),
+        ray.exceptions.RayActorError(),
+    ]
+    seen: list[int] = []
+
+    def on_pass(pass_index: int, *_: object) -> None:
+        seen.append(pass_index)
+
+    real_total = feature_actors._ActorPool.total
+
+    def total(pool: feature_actors._ActorPool, method: str, *args: object) -> Assignment:
+        if deaths and len(seen) == 4 - len(deaths):  # once in each of the passes 1, 2 and 3
+            raise deaths.pop()
+        return real_total(pool, method, *args)
+
+    monkeypatch.setattr(feature_actors._ActorPool, "total", total)
+    output, stream = storage.child("out"), StreamSettings(num_actors=1)
+    result = cluster_features(storage, names, output, num_classes=3, settings=SETTINGS, stream=stream, on_pass=on_pass)
+    assert not deaths
+    assert seen == list(range(expected.num_passes))
+    assert fingerprint(result, output, names) == fingerprint(expected, storage.child("local"), names)
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_an_actor_that_dies_while_rows_are_fed_starts_k_means_again(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

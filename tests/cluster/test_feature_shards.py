@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import pickle
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cluster.feature_shards import FaissSearch, FaissShard, LocalHolders, cluster_features, list_files, split_files
+from cluster.faiss_search import FaissSearch
+from cluster.feature_shards import FaissShard, LocalHolders, cluster_features, list_files, split_files
 from cluster.shard_dispatch import DispatchedShard, ShardFile, ShardPlan, check_memory, image_rows
 from cluster.storage import MissingFileError, Storage, StorageError
 from cluster.streams import StreamSettings
@@ -201,8 +205,46 @@ def test_rows_beyond_the_budget_lie_in_a_file_and_nothing_else_changes(
     assert holder.reserve().cache_bytes == 1000
     for file in files:
         holder.add(file.name, image_rows(file.name, storage.read_table(f"{file.name}.parquet")))
-    mapped = [isinstance(block.features.base, np.memmap) for _, block in sorted(holder._blocks.items())]
-    assert mapped == [False, True, True, True]
+    assert on_disk(holder) == [False, True, True, True]
+    axes = np.eye(8, dtype=np.float32)[:3]
+    expected = [block.features[:, :3].copy() for _, block in sorted(holder._blocks.items())]
+    num_descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    holder.finish()
+    holder.ask("turn", axes)
+    assert on_disk(holder) == [False, True, True, True]
+    assert len(list(Path("/proc/self/fd").iterdir())) == num_descriptors
+    for (_, block), features in zip(sorted(holder._blocks.items()), expected, strict=True):
+        np.testing.assert_allclose(block.features, features, rtol=1e-6)
+
+
+def on_disk(holder: FaissShard) -> list[bool]:
+    """Whether the rows of each block are a part of a mapped file."""
+
+    def owner(array: np.ndarray) -> object:
+        while isinstance(array, np.ndarray) and array.base is not None:
+            array = array.base
+        return array
+
+    return [not isinstance(owner(block.features), np.ndarray) for _, block in sorted(holder._blocks.items())]
+
+
+def test_a_disk_that_is_full_names_tmpdir_and_the_setting(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(str(tmp_path / "features"))
+    names = write_features(storage, *mixed(120, 8, rng), 30)
+    settings = SETTINGS.model_copy(update={"cache_bytes": 1})
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StorageError) as caught:
+        cluster_features(storage, names, storage.child("out"), num_classes=3, settings=settings, stream=LOCAL)
+    assert str(caught.value) == (
+        f"{tempfile.gettempdir()}: cannot write 960 bytes of features that k-means keeps on disk, at byte 0: No space "
+        "left on device; set TMPDIR to a folder with 3840 bytes free, raise kmeans.cache_bytes, or use more nodes"
+    )
 
 
 def test_a_lost_driver_goes_on_after_its_last_pass(tmp_path: Path, rng: np.random.Generator) -> None:

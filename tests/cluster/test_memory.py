@@ -3,10 +3,11 @@
 import multiprocessing
 import time
 from multiprocessing import shared_memory
+from pathlib import Path
 
 import numpy as np
 
-from cluster.memory import MemorySampler, run_bytes
+from cluster.memory import MemorySampler, _cgroup_rooms, free_bytes, run_bytes
 
 MIB = 2**20
 
@@ -46,3 +47,25 @@ def test_children_count_and_shared_pages_count_once() -> None:
     assert 200 * MIB < with_children - before < 500 * MIB
     assert sampler.peak_bytes >= with_children - 50 * MIB
     assert run_bytes() < with_children - 150 * MIB
+
+
+def write_cgroup(folder: Path, version: int, limit: str, usage: int, inactive: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{usage}\n")
+    line = "inactive_file" if version == 2 else "total_inactive_file"
+    (folder / "memory.stat").write_text(f"anon 7\n{line} {inactive}\n")
+
+
+def test_limits_of_cgroups_bound_what_is_free(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    assert list(_cgroup_rooms(tmp_path, own)) == []
+    own.write_text("0::/pod/main\n")
+    write_cgroup(tmp_path / "pod" / "main", 2, "max", 40, 0)
+    write_cgroup(tmp_path / "pod", 2, "100", 60, 15)
+    assert list(_cgroup_rooms(tmp_path, own)) == [55]
+    own.write_text("5:cpu:/x\n4:hugetlb,memory:/host/path\n0::/\n")  # version 1, and the path is the host's
+    write_cgroup(tmp_path / "memory", 1, "1000", 300, 50)
+    assert list(_cgroup_rooms(tmp_path, own)) == [750]
+    assert 0 < free_bytes() < 2**50

@@ -1,5 +1,8 @@
 """An S3 server that refuses, falls silent or cuts connections for a while: the work goes on, and gives the same."""
 
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +96,54 @@ def test_a_stage_goes_on(server: UnsteadyServer, fault: str, tmp_path: Path, mon
         assert output.list_names() == sorted([f"{name}.{suffix}" for name in names for suffix in ("json", "parquet")])
         written.append([output.read_bytes(f"{name}.parquet") for name in names])
     assert written[0] == written[1]
+
+
+class Through:
+    """Doubles a column in an actor, through the endpoint it is given; from its second shard on the server is away."""
+
+    def __init__(self, endpoint: str, flag: str) -> None:
+        os.environ["AWS_ENDPOINT_URL"] = endpoint  # of an actor of this test, which ends with it
+        self.flag = Path(flag)
+
+    def __call__(self, inputs: dict[str, pa.Table]) -> ShardOutput:
+        values = [2 * value for value in inputs["rows"]["value"].to_pylist()]
+        if values[0] == 2:
+            self.flag.touch()
+            while self.flag.exists():  # until the test has made the server fail
+                time.sleep(0.01)
+        return ShardOutput(pa.table({"value": values}), num_rows=len(values))
+
+
+def test_an_outage_in_the_middle_of_a_stage_of_actors(
+    ray_cluster: None, s3_server: str, server: UnsteadyServer, tmp_path: Path
+) -> None:
+    flag = tmp_path / "away"
+
+    def fail() -> None:
+        while not flag.exists():
+            time.sleep(0.01)
+        server.fail("503", 2)
+        flag.unlink()
+
+    root = Storage(f"s3://{S3_BUCKET}/actors")
+    names = [f"part-{index:05d}" for index in range(4)]
+    for index, name in enumerate(names):
+        root.write_table(f"rows/{name}.parquet", pa.table({"value": [index, 10 * index]}))
+    thread = threading.Thread(target=fail, daemon=True)
+    thread.start()
+    map_shards(
+        Through,
+        {"endpoint": server.endpoint, "flag": str(flag)},
+        {"rows": root.child("rows")},
+        names,
+        root.child("out"),
+        StreamSettings(num_actors=1),
+    )
+    thread.join(5)
+    assert not thread.is_alive()
+    assert server.num_faults == 0, "the outage was met"
+    for index, name in enumerate(names):
+        assert root.read_table(f"out/{name}.parquet")["value"].to_pylist() == [2 * index, 20 * index]
 
 
 def test_a_large_object_goes_in_parts(

@@ -110,6 +110,24 @@ def test_tables(storage: Storage) -> None:
         storage.read_table("t/part-00000.parquet", schema=pa.schema([("image_id", pa.int64())]))
 
 
+@pytest.mark.parametrize("place", ["page", "footer"])
+def test_damaged_parquet_names_the_file_and_is_not_asked_for_again(
+    storage: Storage, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage.write_table("t.parquet", pa.table({"x": np.random.default_rng(0).random(1000), "y": np.zeros(1000)}))
+    data = bytearray(storage.read_bytes("t.parquet"))
+    spoiled = slice(2000, 2001) if place == "page" else slice(-400, -350)
+    data[spoiled] = bytes(byte ^ 0xFF for byte in data[spoiled])
+    storage.write_bytes("t.parquet", bytes(data))
+    for columns in (None, ["x"]):
+        with pytest.raises(StorageError, match=r"t\.parquet: truncated, not Parquet .*; delete it and run the stage"):
+            storage.read_table("t.parquet", columns)
+    if place == "footer":
+        with pytest.raises(StorageError, match=r"t\.parquet: truncated, not Parquet .*; delete it and run the stage"):
+            storage.read_footer("t.parquet")
+    assert "again in" not in caplog.text
+
+
 @pytest.mark.parametrize("keep", [0, 3, 100, -1])
 def test_truncated_parquet_names_the_file(storage: Storage, keep: int) -> None:
     storage.write_table("t.parquet", TABLE)
