@@ -11,21 +11,24 @@ if TYPE_CHECKING:
 
 _ON_GPU_ACTORS = ("make_cams", "make_train_cams", "extract_features", "predict", "predict_train", "predict_supervised")
 
+_TRAININGS = {  # stage -> the section of its settings
+    "train_classifier": "classifier",
+    "train_affinity": "affinity",
+    "train_segmenter": "segmenter",
+    "train_supervised": "segmenter",
+}
+
 
 def held_gpus(experiment: Experiment, stage: str) -> float:
     """GPUs that the stage asks Ray for; in this process (no workers, no actors) 1 where torch sees one, else 0.
 
     0 for stages that work on CPUs. Actors past the number of shards are counted, though they are not started.
     """
-    trainings = {
-        "train_classifier": experiment.classifier.compute,
-        "train_affinity": None if experiment.affinity is None else experiment.affinity.compute,
-        "train_segmenter": experiment.segmenter.compute,
-        "train_supervised": experiment.segmenter.compute,
-    }
-    compute, stream = trainings.get(stage), experiment.stream
+    section = _TRAININGS.get(stage)
+    stream = experiment.stream
     here = float(torch.cuda.is_available())
-    if compute is not None:
+    if section is not None:
+        compute = getattr(experiment, section).compute
         return compute.num_workers * compute.gpus_per_worker if compute.num_workers else here
     if stage == "cluster_features":  # without actors it computes on the CPU
         return stream.num_actors * stream.gpus_per_actor

@@ -17,7 +17,7 @@ MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 ALLOWED = {
     "ray": ("cluster/", "jobs/"),
     "mlflow": ("cluster/tracking",),  # one part in several files: tracking.py is its face
-    "faiss": ("cluster/feature_shards.py",),
+    "faiss": ("cluster/faiss_search.py",),
     "s3fs": ("cluster/storage.py",),
     "pyarrow.fs": ("cluster/storage.py",),
     "boto3": (),

@@ -123,7 +123,7 @@ def test_jobs_name_commands_options_and_settings_that_exist(document: dict[str, 
     seen: list[Any] = []
     monkeypatch.setattr(cli, "execute", lambda experiment, **_: seen.append(experiment))
     monkeypatch.setattr(
-        cli, "_with_ray", lambda settings, needed, *_: seen.append(needed) or {"num_images": 0, "num_bad": 0, "bad": []}
+        cli, "with_ray", lambda settings, needed, *_: seen.append(needed) or {"num_images": 0, "num_bad": 0, "bad": []}
     )
     monkeypatch.setattr(cli, "list_images", lambda uri: [])
     words = [word.replace("/app/", f"{ROOT}/") for word in words[3:]]

@@ -59,7 +59,7 @@ def _run(values: dict[str, Any]) -> Storage:
 
 
 def _tables(storage: Storage, folder: str) -> pa.Table:
-    names = [name for name in storage.list_names(folder) if name.endswith(".parquet")]
+    names = [name for name in storage.list_names(folder) if name.startswith("part-") and name.endswith(".parquet")]
     return pa.concat_tables([storage.read_table(f"{folder}/{name}") for name in names])
 
 
