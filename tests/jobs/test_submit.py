@@ -69,7 +69,7 @@ def _started_head(
     finally:
         head.terminate()  # with --block it ends what it started
         with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(30)
+            head.wait(5)
         for process in psutil.process_iter():
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
                 if os.getsid(process.pid) == head.pid:
