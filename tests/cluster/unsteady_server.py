@@ -85,10 +85,10 @@ class UnsteadyServer(socketserver.ThreadingTCPServer):
 
 @contextlib.contextmanager
 def unsteady_server(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[UnsteadyServer]:
-    """The proxy, as the S3 endpoint of this process; retries follow at once, and silence is noticed after 0.3 s."""
+    """The proxy, as the S3 endpoint of this process; retries follow at once, and silence is noticed after a second."""
     for waits in ("_RETRY_WAITS_S", "_FIRST_WAITS_S"):
         monkeypatch.setattr(f"cluster.s3_requests.{waits}", (0.0,) * 4)
-    monkeypatch.setattr("cluster.storage._READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("cluster.storage._READ_TIMEOUT_S", 1.0)
     with UnsteadyServer(endpoint) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
